@@ -1,0 +1,1 @@
+"""Reading checkpoints; knows no method."""

@@ -1,0 +1,1 @@
+"""How a logical tensor becomes stored bytes."""

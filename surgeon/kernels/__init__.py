@@ -1,0 +1,1 @@
+"""Numeric primitives over blocks; no files, no configuration."""

@@ -1,0 +1,1 @@
+"""Merging checkpoints: from a request to a Plan."""
