@@ -58,6 +58,10 @@ class Checkpoint(Protocol):
         """
         ...
 
+    def read_bytes(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Return stored bytes [start, stop) of a tensor, uint8; any type, never cast."""
+        ...
+
     def granularity(self, name: str) -> int:
         """Elements that are cheapest to read together; block borders should be multiples of it."""
         ...

@@ -71,7 +71,8 @@ class Module:
 class TokenSource:
     """Where the row of one token comes from.
 
-    kind "model": that model's row of the same token. "model_token": the row of another
+    kind "model": that model's row of the same token; without a model, the ordinary rule (the
+    token is only added to the vocabulary). "model_token": the row of another
     token (``token`` or ``token_id``) of ``model``. "zero": a zero row. ``force`` applies it
     even to models that own the token.
     """

@@ -157,6 +157,17 @@ def prompt(tokenizer, question: Question) -> str:
     )
 
 
-def save_tokenizer(tokenizer, folder: Path) -> None:
-    """Write the tokenizer files and the chat template."""
-    tokenizer.save_pretrained(folder)
+def model_card(name: str) -> str:
+    """Hub-style README of one of the three models."""
+    about = {
+        "base": "trained from scratch on answers of mixed verbosity",
+        "long": "fine-tuned from base to work column by column, re-check and restate",
+        "short": "fine-tuned from base to add in one pass without any extras",
+    }[name]
+    parent = "" if name == "base" else "base_model: base\n"
+    return (
+        f"---\nlicense: apache-2.0\nlibrary_name: transformers\n{parent}"
+        f"pipeline_tag: text-generation\n---\n\n# {name}\n\n"
+        f"A tiny running-sum solver, {about}. Made by `train.py` for tests only;\n"
+        "all weights and data are our own.\n"
+    )

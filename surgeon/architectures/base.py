@@ -1,0 +1,245 @@
+"""The record of one model family: which tensors a checkpoint holds and which key sets each size.
+
+A family says what it holds in terms of named sizes ("hidden", "ffn", "vocab"), never in
+numbers. The numbers come from config.json, read as plain JSON. From the same record follow
+the complete set of names and shapes, the tied tensors, the tensors with a vocabulary axis,
+and the configuration key to name when a shape does not fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from surgeon.architectures.settings import Settings, Size
+from surgeon.errors import InputError, Where
+
+Config = Mapping[str, Any]
+Sizes = Mapping[str, Size]
+Rule = Callable[[Settings], str | None]
+"""Returns a sentence when two keys of the configuration contradict each other."""
+
+MOST_LAYERS = 10_000
+MOST_TENSORS = 2_000_000
+"""Limits that keep a damaged configuration from filling the memory with names."""
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of a family, relative to the module that holds it.
+
+    Attributes:
+        name: relative name; "{expert}" stands for each expert number.
+        axes: names of the sizes along its axes, or None where the shape is not checked.
+        kind: what it is, such as "attention_q", "ffn_down", "norm".
+        optional: a checkpoint may lack it (buffers, tied copies).
+        group: optional tensors of one group are present together or not at all.
+    """
+
+    name: str
+    axes: tuple[str, ...] | None
+    kind: str = "other"
+    optional: bool = False
+    group: str = ""
+
+
+@dataclass(frozen=True)
+class Alternatives:
+    """The same weights in different storages; option i belongs to the family's storage i."""
+
+    options: tuple[tuple[Tensor, ...], ...]
+
+
+Part = Tensor | Alternatives
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a checkpoint must hold under one name.
+
+    Attributes:
+        shape: the exact shape, or None where it is not checked.
+        optional: the tensor may be absent.
+        axes: names of the sizes along the axes.
+        keys: for each axis, the configuration keys that decide its length.
+        kind: the tensor's part in the model.
+        layer: its layer number, or None outside the layers.
+        expert: its expert number, or None.
+        group: tensors of one non-empty group are present together or not at all.
+    """
+
+    shape: tuple[int, ...] | None
+    optional: bool = False
+    axes: tuple[str, ...] = ()
+    keys: tuple[tuple[str, ...], ...] = ()
+    kind: str = "other"
+    layer: int | None = None
+    expert: int | None = None
+    group: str = ""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way a checkpoint of the family is written: module prefix, storage, complete tensor set."""
+
+    prefix: str
+    storage: str
+    tensors: Mapping[str, Expected]
+
+
+def no_layers(settings: Settings) -> int:
+    """Say that a family stores nothing beyond its numbered layers."""
+    return 0
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model family as data.
+
+    Attributes:
+        model_type: the name in config.json; also the name of the module that holds the record.
+        prefix: where the base model lies in a model with a head, such as "model.".
+        stack: name of the container of layers inside the base model.
+        layer_keys: the number of layers; the first key present counts.
+        sizes: named sizes from the configuration.
+        outer: tensors of the base model outside its layers.
+        layer: tensors of layer i.
+        head: tensors outside the base model, by their full names.
+        ties: groups of names that are one tensor when embeddings are tied; "{prefix}" is replaced.
+        default_tie: what transformers assumes when tie_word_embeddings is absent.
+        storages: names of the storages, the one published on the hub first.
+        defaults: values that transformers assumes for absent keys.
+        rules: contradictions inside the configuration that no shape shows.
+        extra_layers: how many layers beyond the configured number a checkpoint may hold.
+        spelling: older endings of norm tensors, tried as a further layout: (old ending, new ending).
+    """
+
+    model_type: str
+    prefix: str
+    stack: str
+    sizes: Callable[[Settings], Sizes]
+    outer: Callable[[Settings], Iterable[Part]]
+    layer: Callable[[Settings, int], Iterable[Part]]
+    head: Callable[[Settings], Iterable[Part]]
+    ties: tuple[tuple[str, ...], ...]
+    default_tie: bool
+    layer_keys: tuple[str, ...] = ("num_hidden_layers",)
+    storages: tuple[str, ...] = ("plain",)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    rules: tuple[Rule, ...] = ()
+    extra_layers: Callable[[Settings], int] = no_layers
+    spelling: tuple[tuple[str, str], ...] = ()
+
+    def settings(self, config: Config) -> Settings:
+        """Return the configuration with this family's defaults behind it."""
+        return Settings(config, {**self.defaults, "tie_word_embeddings": self.default_tie})
+
+    def is_tied(self, config: Config) -> bool:
+        """Say whether input and output embeddings are one tensor."""
+        return self.settings(config).flag("tie_word_embeddings")
+
+    def num_layers(self, config: Config) -> int:
+        """Return the configured number of layers."""
+        count = self.settings(config).integer(*self.layer_keys)
+        if count > MOST_LAYERS:
+            raise InputError(
+                "E340",
+                f"config.json sets {self.layer_keys[0]} to {count}, more than any model has",
+                where=Where(file="config.json"),
+            )
+        return count
+
+    def expected(self, config: Config) -> dict[str, Expected]:
+        """Return the complete tensor set in the layout that the hub uses for this configuration."""
+        return dict(next(self.layouts(config)).tensors)
+
+    def layouts(self, config: Config) -> Iterator[Layout]:
+        """Yield every accepted layout, the usual one first.
+
+        A bare base model ("LlamaModel") is written without prefix; both ways are accepted for
+        all classes, because readers accept both.
+        """
+        bare = self.is_bare(config)
+        for prefix in ("", self.prefix) if bare else (self.prefix, ""):
+            for number, storage in enumerate(self.storages):
+                tensors = self._tensors(config, prefix, number)
+                yield Layout(prefix, storage, tensors)
+                if self.spelling:
+                    yield Layout(prefix, "old names", self._respelled(tensors))
+
+    def is_bare(self, config: Config) -> bool:
+        """Say whether config.json names the base model class, which has no head."""
+        name = self.settings(config).model_class()
+        return name.endswith("Model") and "Head" not in name
+
+    def tied(self, config: Config, prefix: str | None = None) -> list[tuple[str, ...]]:
+        """Return the groups of names that are one tensor, the stored name first; empty when untied."""
+        if not self.is_tied(config) or self.is_bare(config):
+            return []
+        at = self.prefix if prefix is None else prefix
+        return [tuple(name.format(prefix=at) for name in group) for group in self.ties]
+
+    def vocabulary_tensors(self, config: Config) -> list[str]:
+        """Return the names of all tensors whose axis 0 is the vocabulary, copies of tied ones included."""
+        return sorted(name for name, spec in self.expected(config).items() if spec.axes[:1] == ("vocab",))
+
+    def contradictions(self, config: Config) -> list[str]:
+        """Return one sentence for each contradiction between keys of the configuration."""
+        settings = self.settings(config)
+        return [sentence for rule in self.rules if (sentence := rule(settings)) is not None]
+
+    def _tensors(self, config: Config, prefix: str, storage: int) -> dict[str, Expected]:
+        settings = self.settings(config)
+        sizes = self.sizes(settings)
+        experts = sizes["experts"].value if "experts" in sizes else 0
+        count = self.num_layers(config)
+        copies = {name for group in self.tied(config, prefix) for name in group[1:]}
+        found: dict[str, Expected] = {}
+
+        def add(parts: Iterable[Part], path: str, layer: int | None) -> None:
+            for part in parts:
+                if isinstance(part, Alternatives):
+                    add(part.options[storage], path, layer)
+                    continue
+                for expert in range(experts) if "{expert}" in part.name else (None,):
+                    name = path + part.name.replace("{expert}", str(expert))
+                    found[name] = _sized(part, sizes, layer, expert, optional=name in copies)
+                if len(found) > MOST_TENSORS:
+                    raise InputError(
+                        "E340",
+                        f"config.json describes more than {MOST_TENSORS} tensors",
+                        where=Where(file="config.json"),
+                        help="check num_hidden_layers and the number of experts",
+                    )
+
+        add(self.outer(settings), prefix, None)
+        for layer in range(count + self.extra_layers(settings)):
+            add(self.layer(settings, layer), f"{prefix}{self.stack}.{layer}.", layer)
+        if not self.is_bare(config):
+            add(self.head(settings), "", None)
+        return found
+
+    def _respelled(self, tensors: Mapping[str, Expected]) -> dict[str, Expected]:
+        renamed = {}
+        for name, spec in tensors.items():
+            for old, new in self.spelling:
+                if spec.kind.startswith("norm") and name.endswith(new):
+                    name = name.removesuffix(new) + old
+                    break
+            renamed[name] = spec
+        return renamed
+
+
+def _sized(part: Tensor, sizes: Sizes, layer: int | None, expert: int | None, optional: bool) -> Expected:
+    axes = part.axes or ()
+    return Expected(
+        shape=None if part.axes is None else tuple(sizes[axis].value for axis in axes),
+        optional=optional or part.optional or bool(part.group),
+        axes=axes,
+        keys=tuple(sizes[axis].keys for axis in axes),
+        kind=part.kind,
+        layer=layer,
+        expert=expert,
+        group=f"{part.group} {layer}" if part.group else "",
+    )
