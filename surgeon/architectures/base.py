@@ -8,10 +8,11 @@ and the configuration key to name when a shape does not fit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from surgeon.architectures.layered_config import MOST_LAYERS
 from surgeon.architectures.settings import Settings, Size
 from surgeon.errors import InputError, Where
 
@@ -20,9 +21,8 @@ Sizes = Mapping[str, Size]
 Rule = Callable[[Settings], str | None]
 """Returns a sentence when two keys of the configuration contradict each other."""
 
-MOST_LAYERS = 10_000
-MOST_TENSORS = 2_000_000
-"""Limits that keep a damaged configuration from filling the memory with names."""
+MOST_TENSORS = 500_000
+"""A limit that keeps a damaged configuration from filling the memory with names."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Alternatives:
 Part = Tensor | Alternatives
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Expected:
     """What a checkpoint must hold under one name.
 
@@ -112,6 +112,7 @@ class Architecture:
         defaults: values that transformers assumes for absent keys.
         rules: contradictions inside the configuration that no shape shows.
         extra_layers: how many layers beyond the configured number a checkpoint may hold.
+        expert_layer_keys: the keys that decide which layers hold experts, where not all do.
         spelling: older endings of norm tensors, tried as a further layout: (old ending, new ending).
     """
 
@@ -129,6 +130,7 @@ class Architecture:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     rules: tuple[Rule, ...] = ()
     extra_layers: Callable[[Settings], int] = no_layers
+    expert_layer_keys: tuple[str, ...] = ()
     spelling: tuple[tuple[str, str], ...] = ()
 
     def settings(self, config: Config) -> Settings:
@@ -173,28 +175,59 @@ class Architecture:
         name = self.settings(config).model_class()
         return name.endswith("Model") and "Head" not in name
 
-    def tied(self, config: Config, prefix: str | None = None) -> list[tuple[str, ...]]:
-        """Return the groups of names that are one tensor, the stored name first; empty when untied."""
-        if not self.is_tied(config) or self.is_bare(config):
-            return []
-        at = self.prefix if prefix is None else prefix
-        return [tuple(name.format(prefix=at) for name in group) for group in self.ties]
+    def layout(self, config: Config, names: Collection[str]) -> Layout:
+        """Return the accepted layout that fits a checkpoint's names best.
 
-    def vocabulary_tensors(self, config: Config) -> list[str]:
-        """Return the names of all tensors whose axis 0 is the vocabulary, copies of tied ones included."""
-        return sorted(name for name, spec in self.expected(config).items() if spec.axes[:1] == ("vocab",))
+        The one that shares most names wins, then the one that asks for fewer, then the usual one.
+        """
+        best: tuple[tuple[int, int], Layout] | None = None
+        for layout in self.layouts(config):
+            shared = sum(name in layout.tensors for name in names)
+            required = sum(not spec.optional for spec in layout.tensors.values())
+            if best is None or (shared, -required) > best[0]:
+                best = ((shared, -required), layout)
+        assert best is not None
+        return best[1]
+
+    def tied(self, config: Config, names: Collection[str] | None = None) -> list[tuple[str, ...]]:
+        """Return the groups of names that are one tensor, the stored name first; empty when untied.
+
+        Args:
+            config: the parsed config.json.
+            names: the names a checkpoint holds, to answer in its own layout.
+        """
+        if names is not None:
+            return self._tied(config, self.layout(config, names).prefix)
+        return self._tied(config, "" if self.is_bare(config) else self.prefix)
+
+    def vocabulary_tensors(self, config: Config, names: Collection[str] | None = None) -> list[str]:
+        """Return the names of all tensors whose axis 0 is the vocabulary, sorted.
+
+        Args:
+            config: the parsed config.json.
+            names: the names a checkpoint holds; the answer then names only those. Without them it
+                names every possible one, tied copies and other optional tensors included.
+        """
+        tensors = self.expected(config) if names is None else self.layout(config, names).tensors
+        found = {name for name, spec in tensors.items() if spec.axes[:1] == ("vocab",)}
+        return sorted(found if names is None else found.intersection(names))
 
     def contradictions(self, config: Config) -> list[str]:
         """Return one sentence for each contradiction between keys of the configuration."""
         settings = self.settings(config)
         return [sentence for rule in self.rules if (sentence := rule(settings)) is not None]
 
+    def _tied(self, config: Config, prefix: str) -> list[tuple[str, ...]]:
+        if not self.is_tied(config) or self.is_bare(config):
+            return []
+        return [tuple(name.format(prefix=prefix) for name in group) for group in self.ties]
+
     def _tensors(self, config: Config, prefix: str, storage: int) -> dict[str, Expected]:
         settings = self.settings(config)
         sizes = self.sizes(settings)
         experts = sizes["experts"].value if "experts" in sizes else 0
         count = self.num_layers(config)
-        copies = {name for group in self.tied(config, prefix) for name in group[1:]}
+        copies = {name for group in self._tied(config, prefix) for name in group[1:]}
         found: dict[str, Expected] = {}
 
         def add(parts: Iterable[Part], path: str, layer: int | None) -> None:
@@ -202,16 +235,17 @@ class Architecture:
                 if isinstance(part, Alternatives):
                     add(part.options[storage], path, layer)
                     continue
-                for expert in range(experts) if "{expert}" in part.name else (None,):
-                    name = path + part.name.replace("{expert}", str(expert))
-                    found[name] = _sized(part, sizes, layer, expert, optional=name in copies)
-                if len(found) > MOST_TENSORS:
+                numbered = "{expert}" in part.name
+                if len(found) + (experts if numbered else 1) > MOST_TENSORS:
                     raise InputError(
                         "E340",
                         f"config.json describes more than {MOST_TENSORS} tensors",
                         where=Where(file="config.json"),
-                        help="check num_hidden_layers and the number of experts",
+                        help="check the number of layers and the number of experts",
                     )
+                for expert in range(experts) if numbered else (None,):
+                    name = path + part.name.replace("{expert}", str(expert))
+                    found[name] = _sized(part, sizes, layer, expert, optional=name in copies)
 
         add(self.outer(settings), prefix, None)
         for layer in range(count + self.extra_layers(settings)):

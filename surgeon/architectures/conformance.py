@@ -27,6 +27,9 @@ Severity = Literal["error", "warning", "notice"]
 FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 """Dtype codes whose shape is the logical shape, also in a quantized checkpoint."""
 
+CACHE_SCALE = re.compile(r"(q|k|v|kv|prob|prob_output)_(scale|zero_point)")
+"""Scales of quantized attention and its cache, which belong to no weight."""
+
 UNEVEN_WORDS = frozenset(
     {"every", "first", "freq", "frequency", "interval", "offset", "pattern", "period", "replace", "step"}
 )
@@ -77,27 +80,15 @@ def check(config: Config, tensors: Tensors) -> list[Finding]:
     return sorted(found, key=lambda finding: order[finding.severity])
 
 
-def layout_of(architecture: Architecture, config: Config, names: Mapping[str, Any]) -> Layout:
-    """Return the accepted layout that fits the names best: most names shared, then fewest missing."""
-    best: tuple[tuple[int, int], Layout] | None = None
-    for layout in architecture.layouts(config):
-        shared = sum(name in layout.tensors for name in names)
-        required = sum(not spec.optional for spec in layout.tensors.values())
-        score = (shared, -required)
-        if best is None or score > best[0]:
-            best = (score, layout)
-    assert best is not None
-    return best[1]
-
-
 def _check_known(architecture: Architecture, config: Config, tensors: Tensors) -> Iterator[Finding]:
     for sentence in architecture.contradictions(config):
         yield Finding("config-contradiction", f"config.json contradicts itself: {sentence}")
-    layout = layout_of(architecture, config, tensors)
+    layout = architecture.layout(config, tensors)
     wanted = layout.tensors
     packed = isinstance(config.get("quantization_config"), dict)
     layers = _LayerCount(architecture, config, layout, tensors)
     yield from layers.findings()
+    yield from _expert_layers(architecture, layers, wanted, tensors)
 
     shapes = list(_wrong_shapes(wanted, tensors, packed))
     yield from _contradicted_sizes(wanted, tensors, shapes)
@@ -109,11 +100,14 @@ def _check_known(architecture: Architecture, config: Config, tensors: Tensors) -
             continue
         if packed and _stored_packed(name, tensors):
             continue
+        beyond = spec.layer is not None and spec.layer >= layers.count
+        reason = f"; layer {spec.layer} lies beyond {layers.key} = {layers.count}" if beyond else ""
         yield Finding(
             "missing-tensor",
-            f"{name} is missing; config.json asks for it with shape {_shown(spec.shape)}",
+            f"{name} is missing; config.json asks for it with shape {_shown(spec.shape)}{reason}",
             tensor=name,
             expected=spec.shape,
+            keys=(layers.key,) if beyond else (),
         )
     yield from shapes
 
@@ -134,7 +128,10 @@ def _check_known(architecture: Architecture, config: Config, tensors: Tensors) -
             found=tensors[name][1],
         )
     if packed:
-        unchecked = sum(_is_packed(tensors[name][0]) for name in tensors)
+        unchecked = sum(
+            _is_packed(dtype) and (name not in wanted or wanted[name].shape != tuple(shape))
+            for name, (dtype, shape) in tensors.items()
+        )
         if unchecked:
             yield Finding(
                 "packed-tensors",
@@ -183,12 +180,35 @@ class _LayerCount:
                 )
 
 
+def _expert_layers(
+    architecture: Architecture, layers: _LayerCount, wanted: Mapping[str, Expected], tensors: Tensors
+) -> Iterator[Finding]:
+    """Say which layers hold experts where the configuration has a dense MLP, and the reverse."""
+    keys = architecture.expert_layer_keys
+    if not keys:
+        return
+    stated = {spec.layer for spec in wanted.values() if spec.kind == "router"}
+    places = [place for name in tensors if (place := naming.layer_of(name)) and place.stack == layers.stack]
+    found = {place.index for place in places if "experts" in place.rest.split(".")}
+    for holds, differing in ((True, found - stated), (False, stated - found)):
+        at = sorted(layer for layer in differing if layer in layers.present and layer < layers.count)
+        if at:
+            which = f"layers {', '.join(map(str, at))} {'hold' if holds else 'lack'} experts"
+            yield Finding(
+                "config-contradiction",
+                f"{which}, by {' and '.join(keys)} they {'should not' if holds else 'should have them'}",
+                expected=not holds,
+                found=holds,
+                keys=keys,
+            )
+
+
 def _wrong_shapes(wanted: Mapping[str, Expected], tensors: Tensors, packed: bool) -> Iterator[Finding]:
     for name, spec in wanted.items():
         if name not in tensors or spec.shape is None:
             continue
         dtype, shape = tensors[name][0], tuple(tensors[name][1])
-        if shape == spec.shape or (packed and _is_packed(dtype)):
+        if shape == spec.shape or (packed and name.endswith(".weight") and _is_packed(dtype)):
             continue
         keys: tuple[str, ...] = ()
         if len(shape) == len(spec.shape):
@@ -329,6 +349,8 @@ def _belongs(name: str, wanted: Mapping[str, Expected]) -> bool:
     """Say whether a tensor is a quantization companion (scales, zero points) of an expected weight."""
     parts = name.split(".")
     if any(".".join([*parts[:end], "weight"]) in wanted for end in range(1, len(parts))):
+        return True
+    if CACHE_SCALE.fullmatch(parts[-1]):
         return True
     stem = re.sub(r"_(scale|scales|scale_inv|blocks|zero_point|packed)$", "", name)
     return stem != name and stem in wanted

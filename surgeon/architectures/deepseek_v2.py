@@ -31,6 +31,7 @@ ARCHITECTURE = Architecture(
     ties=CAUSAL_TIES,
     default_tie=False,
     storages=PER_EXPERT_OR_FUSED,
+    expert_layer_keys=("first_k_dense_replace",),
     defaults={
         "first_k_dense_replace": 0,
         "kv_lora_rank": 512,

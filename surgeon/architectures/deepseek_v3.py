@@ -55,6 +55,7 @@ ARCHITECTURE = Architecture(
     ties=CAUSAL_TIES,
     default_tie=False,
     storages=PER_EXPERT_OR_FUSED,
+    expert_layer_keys=("first_k_dense_replace",),
     defaults={
         "first_k_dense_replace": 3,
         "kv_lora_rank": 512,

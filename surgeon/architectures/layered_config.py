@@ -20,6 +20,9 @@ Path = tuple[str, ...]
 COUNT_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 """Names of the number of layers; the first one present is believed."""
 
+MOST_LAYERS = 10_000
+"""No model has more; a larger number is a damaged file and is taken for no number."""
+
 TEXT_SECTIONS = ("text_config", "llm_config", "language_config", "decoder_config", "thinker_config")
 """Nested configurations of the language model inside a multimodal one."""
 
@@ -46,8 +49,8 @@ PER_LAYER_STRINGS = frozenset({"hybrid_override_pattern"})
 SLIDING_PERIOD = {"gemma2": 2, "gpt_oss": 2, "gemma3_text": 6, "cohere2": 4}
 """Families whose layer i is full attention iff (i + 1) % period == 0 when no list says so."""
 
-WINDOW_FAMILIES = frozenset({"qwen2", "qwen3"})
-"""Families whose layers from max_window_layers on slide, when no list says so."""
+WINDOW_DEFAULT = 28
+"""What the families below assume when max_window_layers is absent."""
 
 REFUSED = ("attention_types", "linear_attn_config", "kv_source_layers", "layer_rope_theta")
 """Keys that describe layers in a way that is not rebuilt here."""
@@ -166,6 +169,30 @@ def _relayer_section(section: dict[str, Any], source: list[int]) -> None:
             section[key] = len(source)
 
 
+def _every(layer: int, period: int) -> bool:
+    return (layer + 1) % period == 0
+
+
+def _every_from_zero(layer: int, period: int) -> bool:
+    return layer % period == 0
+
+
+def _from_limit(layer: int, limit: int) -> bool:
+    return layer >= limit
+
+
+def _alternating_below_limit(layer: int, limit: int) -> bool:
+    return layer % 2 == 0 and layer < limit
+
+
+WINDOW_RULES: dict[str, Callable[[int, int], bool]] = {
+    "qwen2": _from_limit,
+    "qwen3": _from_limit,
+    "qwen2_moe": _alternating_below_limit,
+}
+"""Which layers slide, given max_window_layers, in families that also read layer_types."""
+
+
 class _Relayering:
     """One section on its way from ``count`` layers to the layers in ``source``."""
 
@@ -174,6 +201,7 @@ class _Relayering:
         self.old = dict(section)
         self.count = count
         self.source = source
+        self.family = str(section.get("model_type"))
 
     def refuse(self, key: str) -> InputError:
         return InputError(
@@ -226,7 +254,7 @@ class _Relayering:
             if not types and not self._write_layer_types(self.old[key]):
                 raise self.refuse(key)
             del self.section[key]  # the explicit list says it all, a stale rule would contradict it
-        period = SLIDING_PERIOD.get(str(self.old.get("model_type")))
+        period = SLIDING_PERIOD.get(self.family)
         if period and not types and "sliding_window_pattern" not in self.old:
             moved = any(_every(new, period) != _every(layer, period) for new, layer in enumerate(self.source))
             if moved:
@@ -248,23 +276,32 @@ class _Relayering:
             self._periodic(period_key, offset_key)
 
     def _window(self) -> None:
+        """Sliding attention may begin at a layer number; where that no longer fits, a list says it."""
         key = "max_window_layers"
         limit = self.number(key)
+        implied = bool(self.old.get("use_sliding_window")) and not self.has_list("layer_types")
         if limit is None:
+            if not implied or self.family not in WINDOW_RULES:
+                return
+            limit = WINDOW_DEFAULT
+        if limit < self.count:
+            new_limit = sum(layer < limit for layer in self.source)
+        else:
+            new_limit = len(self.source) if limit == self.count else max(limit, len(self.source))
+        if key in self.old or implied:
+            self.section[key] = new_limit
+        if not implied:
             return
-        if limit >= self.count:
-            self.section[key] = len(self.source) if limit == self.count else max(limit, len(self.source))
+        slides = WINDOW_RULES.get(self.family, _from_limit)
+        flags = [slides(layer, limit) for layer in self.source]
+        if [slides(new, new_limit) for new in range(len(flags))] == flags:
             return
-        flags = [layer >= limit for layer in self.source]
-        self.section[key] = flags.count(False)
-        if flags == sorted(flags) or not self.old.get("use_sliding_window") or self.has_list("layer_types"):
-            return
-        if self.old.get("model_type") not in WINDOW_FAMILIES:
+        if self.family not in WINDOW_RULES:
             raise self.refuse(key)
         self.section["layer_types"] = ["sliding_attention" if flag else "full_attention" for flag in flags]
 
     def _write_layer_types(self, period: int) -> bool:
-        if self.old.get("model_type") not in SLIDING_PERIOD:
+        if self.family not in SLIDING_PERIOD:
             return False
         self.section["layer_types"] = [
             "full_attention" if _every(layer, period) else "sliding_attention" for layer in self.source
@@ -296,8 +333,13 @@ class _Relayering:
         if not period:
             return
         flags = [layer % period == offset for layer in self.source]
-        choices = [(period, at) for at in (offset, *range(period))]
-        choices += [(other, at) for other in range(1, len(self.source) + 1) for at in range(other)]
+        used = [at for at, flag in enumerate(flags) if flag]
+        choices = [(period, offset)]
+        if used:
+            gap = used[1] - used[0] if len(used) > 1 else len(flags)
+            choices += [(period, used[0]), (gap, used[0])]
+        else:
+            choices.append((len(flags) + 1, len(flags)))
         for new_period, new_offset in choices:
             if [at % new_period == new_offset for at in range(len(flags))] == flags:
                 self.section[period_key] = new_period
@@ -334,19 +376,16 @@ class _Relayering:
 
     def _dense_prefix(self, key: str) -> None:
         limit = self.number(key)
-        frequency = self.old.get("moe_layer_freq")
-        every = frequency if isinstance(frequency, int) and key == "first_k_dense_replace" else 1
+        every = (self.number("moe_layer_freq") or 1) if key == "first_k_dense_replace" else 1
         if limit is None:
             if every != 1 and not self.rule_holds(lambda layer: layer % every == 0):
                 raise self.refuse("moe_layer_freq")
             return
         flags = [layer >= limit and layer % every == 0 for layer in self.source]
-        for new_limit in range(len(flags) + 1):
-            if [at >= new_limit and at % every == 0 for at in range(len(flags))] == flags:
-                unchanged = limit >= self.count and new_limit == len(flags)
-                self.section[key] = max(limit, new_limit) if unchanged else new_limit
-                return
-        raise self.refuse(key)
+        new_limit = flags.index(True) if True in flags else len(flags)
+        if [at >= new_limit and at % every == 0 for at in range(len(flags))] != flags:
+            raise self.refuse(key)
+        self.section[key] = max(limit, new_limit) if limit > self.count else new_limit
 
     def _expert_range(self) -> None:
         key = "moe_layer_start_index"
@@ -381,14 +420,6 @@ class _Relayering:
                 self.section[key] = "".join(chosen) if isinstance(value, str) else chosen
 
 
-def _every(layer: int, period: int) -> bool:
-    return (layer + 1) % period == 0
-
-
-def _every_from_zero(layer: int, period: int) -> bool:
-    return layer % period == 0
-
-
 def _sections(config: Config) -> Iterator[tuple[Path, Any]]:
     """Yield the configuration itself and the nested ones of the language model, with their paths."""
     yield (), config
@@ -407,7 +438,7 @@ def _count(section: Config) -> int | None:
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MOST_LAYERS
 
 
 def _is_index_list(key: str, value: Any, count: int) -> bool:

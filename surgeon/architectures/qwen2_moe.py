@@ -60,6 +60,7 @@ ARCHITECTURE = Architecture(
     ties=CAUSAL_TIES,
     default_tie=False,
     storages=PER_EXPERT_OR_FUSED,
+    expert_layer_keys=("decoder_sparse_step", "mlp_only_layers"),
     defaults={
         "num_key_value_heads": 16,
         "qkv_bias": True,

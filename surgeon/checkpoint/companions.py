@@ -449,7 +449,8 @@ def _template_text(path: Path, roots: Sequence[Path] | None = None) -> str:
 
 def _walk(folder: Path, prefix: str, depth: int, roots: Sequence[Path], left_out: list[tuple[str, str]]):
     try:
-        entries = sorted(os.scandir(folder), key=lambda e: e.name)
+        with os.scandir(folder) as found:
+            entries = sorted(found, key=lambda e: e.name)
     except PermissionError as error:
         raise EnvironmentFault("E502", f"cannot read {folder}: permission denied") from error
     for entry in entries:
@@ -476,7 +477,7 @@ def _walk(folder: Path, prefix: str, depth: int, roots: Sequence[Path], left_out
 
 
 def _has_weights(folder: Path) -> bool:
-    return any(entry.name.endswith((".safetensors", ".bin", ".gguf")) for entry in os.scandir(folder))
+    return any(name.endswith((".safetensors", ".bin", ".gguf")) for name in os.listdir(folder))
 
 
 def _module_folders(folder: Path) -> frozenset[str]:

@@ -102,8 +102,8 @@ def _missing(path: str, local: Path) -> InputError:
 
 
 def _hub(repo: str, revision: str | None, subfolder: str | None, label: str, offline: bool) -> Located:
-    from huggingface_hub import snapshot_download
     from huggingface_hub import errors as hub
+    from huggingface_hub import snapshot_download
 
     get = f"hf download {repo}" + (f" --revision {revision}" if revision else "")
     patterns = [f"{subfolder}/{p}" for p in _WANTED] if subfolder else _WANTED

@@ -44,10 +44,10 @@ class Rank:
     above: int = 0
 
 
-def locate(histogram: np.ndarray, k: int) -> Rank:
-    """Find the bin of the k-th largest key."""
+def locate(histogram: np.ndarray, k: int, exact: bool = False) -> Rank:
+    """Find the bin of the k-th largest key; with ``exact`` even for k = n, whose key is the smallest."""
     total = int(histogram.sum())
-    if k <= 0 or k >= total:
+    if k <= 0 or k > total or (k == total and not exact):
         return Rank(max(0, min(k, total)))
     from_top = np.cumsum(histogram[::-1])
     position = int(np.searchsorted(from_top, k))

@@ -50,7 +50,7 @@ _ALPACA = (
     "{% elif message['role'] == 'user' %}{{ '### Instruction:\\n' + message['content'] | trim + '\\n\\n' }}"
     "{% elif message['role'] == 'user_context' %}{{ '### Input:\\n' + message['content'] | trim + '\\n\\n' }}"
     "{% elif message['role'] == 'assistant' %}"
-    "{{ '### Response:\\n' + message['content'] | trim + (eos_token or '') + '\\n\\n' }}"
+    "{{ '### Response:\\n' + message['content'] | trim + '\\n\\n' }}"
     "{% endif %}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '### Response:\\n' }}{% endif %}"

@@ -31,6 +31,7 @@ class Parameter:
         low, high: closed range; ``open_low`` excludes the lower end.
         choices: allowed words of a "str".
         inert: accepted for compatibility, without effect.
+        native_only: not known to mergekit, so an unknown key in its YAML.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Parameter:
     open_low: bool = False
     choices: tuple[str, ...] = ()
     inert: bool = False
+    native_only: bool = False
 
     def check(self, value: Any, method: str) -> None:
         """Raise E212 when a resolved value is out of range."""
@@ -82,6 +84,7 @@ class Binding:
         ordinals: per input, its number in the request, for random streams.
         input_names: per input, the tensor's name there, for random streams.
         seed: seed of random methods.
+        stored: storage code of the output tensor, for methods that round on their own.
         native: False when mergekit's numerics are to be reproduced.
     """
 
@@ -96,6 +99,7 @@ class Binding:
     input_names: tuple[str, ...] = ()
     seed: int = 0
     native: bool = True
+    stored: str = "F32"
 
     @property
     def others(self) -> tuple[int, ...]:
@@ -122,7 +126,8 @@ class Method:
         absent: what happens to a tensor that some models lack ("error", "single", "base").
         reference: where it was published.
         page: longer text for ``surgeon methods NAME``: formula, advice, failure modes.
-        extra_check: parameters -> None, raising UsageError for combinations.
+        group_by: name of the parameter whose value ("tensor", "layer", "global") says which
+            tensors share their reduce passes.
     """
 
     name: str
@@ -136,6 +141,7 @@ class Method:
     reference: str = ""
     page: str = ""
     random: bool = False
+    group_by: str | None = None
     table: dict[str, Parameter] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -12,7 +12,7 @@ filter matches, or the list is empty, the next scope is asked. Shared parameters
 against the output tensor's name, per-model ones against that model's input tensor name (they
 differ when slices shift layers).
 
-Errors: `UsageError` E212 (wrong type, not finite, malformed), E217 (required but not found).
+Errors: `UsageError` E212 (wrong type, not finite, malformed), E257 (required but not found).
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def resolve_tensor(
     output: str,
     inputs: Mapping[ModelRef, str],
     t: float = 0.0,
-    leave_out: ModelRef | None = None,
+    base: ModelRef | None = None,
 ) -> tuple[dict[str, Resolved], dict[ModelRef, dict[str, Resolved]]]:
     """Resolve all parameters of a method for one output tensor.
 
@@ -113,13 +113,13 @@ def resolve_tensor(
         output: name of the tensor to be written.
         inputs: each model's name of the tensor it is read from.
         t: position among the slice's layers, see `gradient_position`.
-        leave_out: the base model when the method asks nothing of it.
+        base: of this model only parameters marked ``every_input`` are asked.
 
     Returns:
         Shared parameters by name, and per-model ones by model and name.
 
     Raises:
-        UsageError: E217 a required parameter is not given, E212 a value has the wrong type.
+        UsageError: E257 a required parameter is not given, E212 a value has the wrong type.
     """
     shared = {
         name: resolve(parameter, scopes, output, t)
@@ -130,10 +130,9 @@ def resolve_tensor(
         model: {
             name: resolve(parameter, scopes, source, t, model=model)
             for name, parameter in parameters.items()
-            if parameter.per_model
+            if parameter.per_model and (model != base or getattr(parameter, "every_input", False))
         }
         for model, source in inputs.items()
-        if model != leave_out
     }
     return shared, per_model
 
@@ -166,7 +165,7 @@ def resolve(
     if parameter.default is None and getattr(parameter, "required", True):
         of = f" of model {model}" if model is not None else ""
         raise UsageError(
-            "E217",
+            "E257",
             f'the required parameter "{parameter.name}"{of} is not given for tensor {tensor}',
             where=_with_tensor(_first_mention(scopes, parameter.name, model), tensor),
             help=f"add {parameter.name}, or a last entry without a filter when it is a list of filters",

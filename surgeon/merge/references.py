@@ -3,7 +3,7 @@
 A path that exists on this machine is taken literally, so that folders whose names contain
 `+` or `@` need no escaping. Nothing here opens a model or asks the hub.
 
-Errors: `UsageError` E204 (not a model reference), E219 (environment variable).
+Errors: `UsageError` E204 (not a model reference), E259 (environment variable).
 """
 
 from __future__ import annotations
@@ -14,9 +14,12 @@ from collections.abc import Mapping
 
 from surgeon.errors import UsageError, Where
 from surgeon.merge.spec import ModelRef
+from surgeon.scalars import show
 
 _VARIABLE = re.compile(r"\$\{([^}]*)\}")
 _VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+# No path is longer; keeps looking for existing prefixes cheap.
+_LONGEST = 4096
 # Revisions of the hub that contain slashes themselves.
 _HUB_REVISION = re.compile(r"(refs/pr/[0-9]+|refs/convert/[^/]+|[^/]+)(?:/(.*))?")
 
@@ -32,8 +35,9 @@ def parse_model_ref(text: str, *, where: Where | None = None) -> ModelRef:
         UsageError: E204 empty, several adapters, or several revisions.
     """
     text = text.strip()
-    if not text or "\0" in text:
-        raise UsageError("E204", "an empty model reference", where=where, help="give a path or a hub id")
+    if not text or "\0" in text or len(text) > _LONGEST:
+        message = f"{show(text)} is not a model reference" if text else "an empty model reference"
+        raise UsageError("E204", message, where=where, help="give a path or a hub id")
     if os.path.exists(text):
         return ModelRef(text)
     base, adapter = _split(text, "+", "adapter", where)
@@ -47,7 +51,7 @@ def parse_model_ref(text: str, *, where: Where | None = None) -> ModelRef:
     if adapter.startswith("hf://"):
         adapter, adapter_revision, folder = _hub_address(adapter, where)
         if folder:
-            raise UsageError("E204", f'an adapter cannot lie in a subfolder: "{text}"', where=where)
+            raise UsageError("E204", f"an adapter cannot lie in a subfolder: {show(text)}", where=where)
     else:
         adapter, adapter_revision = _split(adapter, "@", "revision", where)
     return ModelRef(path, revision, adapter, adapter_revision, subfolder)
@@ -57,16 +61,18 @@ def expand_variables(text: str, environment: Mapping[str, str], *, where: Where 
     """Replace every `${NAME}` by its value; nothing else that begins with `$` has a meaning.
 
     Raises:
-        UsageError: E219 the variable is not set, or its name is malformed.
+        UsageError: E259 the variable is not set, or its name is malformed.
     """
 
     def value(match: re.Match[str]) -> str:
         name = match[1]
         if not _VARIABLE_NAME.fullmatch(name):
-            raise UsageError("E219", f'"{match[0]}" is not a variable; only ${{NAME}} is known', where=where)
+            raise UsageError(
+                "E259", f"{show(match[0])} is not a variable; only ${{NAME}} is known", where=where
+            )
         if name not in environment:
             raise UsageError(
-                "E219", f"the environment variable {name} is not set", where=where, help=f"export {name}=..."
+                "E259", f"the environment variable {name} is not set", where=where, help=f"export {name}=..."
             )
         return environment[name]
 
@@ -82,7 +88,7 @@ def _split(text: str, sign: str, what: str, where: Where | None) -> tuple[str, s
     if not existing and len(places) > 1:
         raise UsageError(
             "E204",
-            f'a model reference takes one {what}, "{text}" has {len(places)}',
+            f"a model reference takes one {what}, {show(text)} has {len(places)}",
             where=where,
             help="a path that contains + or @ is taken literally once it exists",
         )
@@ -90,7 +96,7 @@ def _split(text: str, sign: str, what: str, where: Where | None) -> tuple[str, s
     left, right = text[:cut], text[cut + 1 :]
     if not left or not right:
         raise UsageError(
-            "E204", f'"{text}" has nothing {"before" if not left else "after"} the "{sign}"', where=where
+            "E204", f'{show(text)} has nothing {"before" if not left else "after"} the "{sign}"', where=where
         )
     return left, right
 
@@ -99,7 +105,7 @@ def _hub_address(text: str, where: Where | None) -> tuple[str, str | None, str |
     """Split `hf://org/name[@revision][/folder]`."""
     parts = text.removeprefix("hf://").split("/", 2)
     if len(parts) < 2 or not all(parts[:2]):
-        raise UsageError("E204", f'"{text}" is not hf://ORG/NAME[@REVISION][/FOLDER]', where=where)
+        raise UsageError("E204", f"{show(text)} is not hf://ORG/NAME[@REVISION][/FOLDER]", where=where)
     owner, name = parts[:2]
     rest = parts[2] if len(parts) == 3 else ""
     name, at, revision = name.partition("@")
@@ -107,5 +113,5 @@ def _hub_address(text: str, where: Where | None) -> tuple[str, str | None, str |
         return f"{owner}/{name}", None, rest.strip("/") or None
     match = _HUB_REVISION.fullmatch(f"{revision}/{rest}" if rest else revision)
     if match is None or not name:
-        raise UsageError("E204", f'"{text}" has nothing on one side of the "@"', where=where)
+        raise UsageError("E204", f'{show(text)} has nothing on one side of the "@"', where=where)
     return f"{owner}/{name}", match[1], (match[2] or "").strip("/") or None

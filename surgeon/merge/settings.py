@@ -14,9 +14,10 @@ import math
 from collections.abc import Iterator
 from typing import Any, Protocol
 
-from surgeon.scalars import plain_number
+from surgeon.scalars import plain_number, show
 
 Path = tuple[Any, ...]
+_MIXED = "a list holds either values or {filter, value} entries, not both"
 _BOOLEAN_WORDS = {
     **dict.fromkeys(("true", "yes", "on", "t", "y", "1"), True),
     **dict.fromkeys(("false", "no", "off", "f", "n", "0"), False),
@@ -56,7 +57,7 @@ def faults_in(setting: Any, parameter: ParameterLike | None) -> Iterator[tuple[P
             if isinstance(item, dict):
                 yield from _entry_faults(item, parameter, (n,))
             else:
-                yield (n,), "a list holds either values or {filter, value} entries, not both", None
+                yield (n,), _MIXED, None
     else:
         yield from _value_faults(setting, parameter, ())
 
@@ -74,9 +75,9 @@ def evaluate(
     if not isinstance(setting, list):
         return _coerce(setting, parameter), None, False
     if any(isinstance(item, dict) for item in setting):
+        if not all(isinstance(item, dict) for item in setting):
+            raise Unusable(_MIXED)
         for n, item in enumerate(setting):
-            if not isinstance(item, dict):
-                raise Unusable("a list holds either values or {filter, value} entries, not both")
             if _matches(item.get("filter"), tensor):
                 # The first match decides, even when its value is an empty list.
                 return _entry_value(item, parameter, tensor, t, (n,))
@@ -176,7 +177,7 @@ def _entry_faults(
 ) -> Iterator[tuple[Path, str, str | None]]:
     for key in entry:
         if key not in ("filter", "value"):
-            yield (*path, key), f'unknown key "{key}", an entry has "filter" and "value"', None
+            yield (*path, key), f'unknown key {show(key)}, an entry has "filter" and "value"', None
     text = entry.get("filter")
     if text is not None and not isinstance(text, str):
         yield (*path, "filter"), f"the filter {show(text)} is not text", "put it in quotes"
@@ -200,14 +201,3 @@ def _value_faults(
                 _coerce(item, parameter)
             except Unusable as fault:
                 yield place, fault.message, fault.help
-
-
-def show(value: Any) -> str:
-    """Return a value as messages quote it."""
-    if isinstance(value, str):
-        return f'"{value}"' if len(value) <= 60 else f'"{value[:57]}..."'
-    if value is None or isinstance(value, bool):
-        return {None: "nothing", True: "true", False: "false"}[value]
-    if isinstance(value, (list, dict)):
-        return "a list" if isinstance(value, list) else "a mapping"
-    return repr(value) if not isinstance(value, int) or abs(value) < 10**20 else "a very large number"

@@ -102,16 +102,28 @@ class TaskVectors(Operation):
                 states.append([[(where, *piece)] for piece in found])
         return states
 
+    def _keys(self, block: Block, i: int, delta: np.ndarray) -> np.ndarray:
+        """Return what magnitude selection ranks by."""
+        return select.keys(delta)
+
+    def _plain(self) -> bool:
+        """Return whether the compiled kernels' ranking, by |delta|, is this operation's."""
+        return True
+
     def _high(self, block: Block, i: int) -> np.ndarray:
-        done = fused.delta_histogram(block, self.others[i], self.base, self.work)
-        return done if done is not None else select.high_histogram(select.keys(self._delta(block, i)))
+        done = fused.delta_histogram(block, self.others[i], self.base, self.work) if self._plain() else None
+        if done is not None:
+            return done
+        return select.high_histogram(self._keys(block, i, self._delta(block, i)))
 
     def _low(self, block: Block, i: int, ranks) -> list[tuple[np.ndarray, np.ndarray]]:
         wanted = [r for r in ranks if r is not None]
-        done = fused.delta_low_counts(block, self.others[i], self.base, self.work, [r.bin for r in wanted])
-        if done is not None:
-            return done
-        key = select.keys(self._delta(block, i))
+        if self._plain():
+            bins = [r.bin for r in wanted]
+            done = fused.delta_low_counts(block, self.others[i], self.base, self.work, bins)
+            if done is not None:
+                return done
+        key = self._keys(block, i, self._delta(block, i))
         return [select.low_counts(key, r) for r in wanted]
 
     def merge(self, step: int, left: list, right: list) -> list:
@@ -179,7 +191,7 @@ class TaskVectors(Operation):
         else:
             assert facts is not None and facts.thresholds[i] is not None
             outer, inner = facts.thresholds[i]  # type: ignore[misc]
-            key = select.keys(delta)
+            key = self._keys(block, i, delta)
             mask = (
                 select.keep_mask(key, outer, where)
                 if inner is None
@@ -189,6 +201,8 @@ class TaskVectors(Operation):
 
     def _magprune(self, block: Block, i: int, delta: np.ndarray) -> np.ndarray:
         columns = block.columns
+        if not delta.size:  # a shape with a 0 in it has no rows to reshape to
+            return np.zeros(delta.shape, dtype=bool)
         rank = row_ranks(select.keys(delta).reshape(-1, columns))
         density, epsilon = self.densities[i], self.epsilons[i]
         if columns == 1:
@@ -214,7 +228,7 @@ class TaskVectors(Operation):
         return cast.round_to(np.array([value], dtype=wide), self.work)[0]
 
     def map(self, block: Block, carried: Facts | None) -> list[np.ndarray]:
-        done = fused.task_vectors(self, block, carried)
+        done = fused.task_vectors(self, block, carried) if self._plain() else None
         if done is not None:
             return [done]
         parts = [self._contribution(block, i, carried) for i in range(len(self.others))]
@@ -246,7 +260,7 @@ class TaskVectors(Operation):
             mixed = cast.round_to(mixed / divisor, self.work)
         if self.lam != 1:
             mixed = cast.round_to(mixed * wide(self.lam), self.work)
-        return [cast.round_to(base + mixed, self.work)]
+        return [cast.round_to(added(base, mixed), self.work)]
 
     def measure(self, block: Block, results: list[np.ndarray], carried: Facts | None) -> np.ndarray | None:
         """Sums for the effective-update report: n, changed, kept, |d|^2, kept |d|^2, |Md|, |y-b|."""
@@ -282,6 +296,11 @@ class TaskVectors(Operation):
             facts |= {"elements": n, "changed": changed, "kept": kept, "energy": energy, "kept_energy": kept_energy,
                       "kept_l1": kept_l1, "moved_l1": moved_l1}  # fmt: skip
         return facts or None
+
+
+def added(base: np.ndarray, change: np.ndarray) -> np.ndarray:
+    """Return base + change where a change of 0 leaves the base's bits: -0.0 + 0.0 would give 0.0."""
+    return base - (change.dtype.type(0) - change)
 
 
 def row_ranks(key: np.ndarray) -> np.ndarray:
@@ -328,6 +347,14 @@ EPSILON = Parameter("epsilon", "float", "spread of the keep probability around d
                     low=0.0, high=0.5)  # fmt: skip
 
 
+TRIM_TIES = Parameter("trim_ties", "str", "entries that tie with the threshold: spread the quota evenly, or keep all",
+                      default="even", choices=("even", "all"), native_only=True)  # fmt: skip
+RESCALE_RULE = Parameter("rescale_rule", "str", "how the norm is restored after dropping; overrides rescale",
+                         choices=("l1", "inverse_density", "none"), native_only=True)  # fmt: skip
+SCOPE = Parameter("scope", "str", "over which set the largest entries are taken", default="tensor",
+                  choices=("tensor", "layer", "global"), native_only=True)  # fmt: skip
+
+
 def bind_family(b: Binding, *, sparsifier: str, elect: bool) -> Operation:
     """Bind any member of the family for one tensor."""
     assert b.base is not None
@@ -349,10 +376,11 @@ def bind_family(b: Binding, *, sparsifier: str, elect: bool) -> Operation:
         sparsifier=sparsifier,
         elect=elect,
         normalize=bool(b.shared["normalize"]),
-        rescale="l1" if b.shared["rescale"] else "none",
+        rescale=b.shared.get("rescale_rule") or ("l1" if b.shared["rescale"] else "none"),
         lam=float(b.shared["lambda"]),
         work=b.work,
         gammas=tuple(float(g) for g in b.of("gamma")) if sparsifier == "outliers" else (),
         epsilons=epsilons,
         keys=keys if sparsifier in {"random", "magprune"} else (),
+        trim_ties=b.shared.get("trim_ties", "even"),
     )

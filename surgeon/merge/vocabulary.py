@@ -9,7 +9,6 @@ there, the donor's padded row count is kept unless something else is asked for.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from surgeon.checkpoint.companions import token_ids
 from surgeon.checkpoint.header import printable
 from surgeon.checkpoint.vocabulary import Vocabulary, has_tokenizer, read_vocabulary, token_settings
 from surgeon.errors import InputError, UsageError
 from surgeon.merge.aligned_rows import AlignedRows, Override, RowMap, VocabularyPlan
 from surgeon.merge.spec import ModelRef, TokenizerSpec, TokenSource
+from surgeon.merge.token_ids import apply_config_edits, size_edits, special_id_edits
 from surgeon.merge.tokenizer_files import TokenizerEdit, edit_tokenizer
 
 __all__ = [
@@ -44,9 +43,6 @@ _WAYS_OUT = (
     "--vocab base keeps the base model's tokens, --vocab union combines, --vocab MODEL takes one model's, "
     "--vocab truncate cuts to the common rows"
 )
-_SIZE_KEYS = ("vocab_size", "padded_vocab_size", "n_vocab")
-_TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
-_ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclass(frozen=True)
@@ -127,7 +123,8 @@ def plan_vocabulary(
         base: key of the base model, or None.
         donor: key of the model whose tokenizer is used when ``spec`` is None or truncates;
             default the base, else the first.
-        quirks: shrink to the number of tokens as mergekit does, instead of keeping padding rows.
+        quirks: as mergekit, shrink to the number of tokens instead of keeping padding rows, and with
+            source "base" take a padding row of the base as its row of a newly added token.
 
     Raises:
         InputError: E305 the vocabularies differ and nothing says what to do, E335 a needed
@@ -152,18 +149,6 @@ def plan_vocabulary(
             help="base, union, truncate or one of the merged models",
         )
     return _plan_aligned(participants, giver, anchor, base, spec, quirks)
-
-
-def apply_config_edits(config: dict[str, Any], edits: dict[str, Any]) -> dict[str, Any]:
-    """Return a copy of a parsed config with edits applied; dots in keys lead into nested objects."""
-    result = copy.deepcopy(config)
-    for path, value in edits.items():
-        *parents, key = path.split(".")
-        at = result
-        for parent in parents:
-            at = at.setdefault(parent, {})
-        at[key] = value
-    return result
 
 
 def _plan_as_is(participants: Sequence[Participant], donor: Participant, base: str | None) -> VocabularyPlan:
@@ -207,7 +192,9 @@ def _plan_as_is(participants: Sequence[Participant], donor: Participant, base: s
     )
     tokens = vocabulary.tokens if vocabulary is not None else {}
     identity = RowMap(np.arange(rows, dtype=np.int64))
-    special = _special_ids(donor, tokens, rows, warnings)
+    special = special_id_edits(
+        donor.label, donor.vocabulary, donor.config, donor.generation_config, tokens, rows, warnings
+    )
     return VocabularyPlan(
         rows=rows,
         tokens=tokens,
@@ -245,7 +232,9 @@ def _plan_truncated(
         notices.append(f"vocabulary cut to the common {rows:,} rows; rows lost: {', '.join(cut)}")
     edit = edit_tokenizer(donor.vocabulary, rows=rows) if donor.vocabulary else TokenizerEdit({}, {})
     identity = RowMap(np.arange(rows, dtype=np.int64))
-    special = _special_ids(donor, edit.tokens, rows, warnings)
+    special = special_id_edits(
+        donor.label, donor.vocabulary, donor.config, donor.generation_config, edit.tokens, rows, warnings
+    )
     return VocabularyPlan(
         rows=rows,
         tokens=edit.tokens,
@@ -254,7 +243,7 @@ def _plan_truncated(
         donor=donor.key if donor.vocabulary else None,
         files=edit.files,
         drop_files=edit.drop,
-        config_edits=_size_edits(donor, rows) | special[0],
+        config_edits=size_edits(donor.config, rows) | special[0],
         generation_edits=special[1],
         notices=(*notices, *edit.notices),
         warnings=tuple(warnings),
@@ -289,6 +278,9 @@ def _plan_aligned(
     appended += [token_settings(token) for token in spec.tokens if token not in present]
     edit = edit_tokenizer(donor.vocabulary, rows=donor.rows, append=appended)
     tokens = edit.tokens
+    if quirks and spec.source == "base":
+        # mergekit adds new tokens to the base's own tokenizer, so padding rows of the base count as theirs
+        vocabularies[donor.key] |= {t: i for t, i in tokens.items() if i < donor.rows}
     size = max(tokens.values(), default=-1) + 1
     pad_from = None
     if spec.pad_to_multiple_of:
@@ -307,7 +299,9 @@ def _plan_aligned(
         p.key: _row_map(tokens, vocabularies[p.key], p.rows, rows, pad_from) for p in participants if p.merged
     }
     overrides = _overrides(participants, spec, tokens, vocabularies, row_maps, notices)
-    special = _special_ids(donor, tokens, rows, warnings)
+    special = special_id_edits(
+        donor.label, donor.vocabulary, donor.config, donor.generation_config, tokens, rows, warnings
+    )
     _report_filled(participants, row_maps, overrides, tokens, notices, warnings)
     return VocabularyPlan(
         rows=rows,
@@ -319,7 +313,7 @@ def _plan_aligned(
         donor=donor.key,
         files=edit.files,
         drop_files=edit.drop,
-        config_edits=_size_edits(donor, rows) | special[0],
+        config_edits=size_edits(donor.config, rows) | special[0],
         generation_edits=special[1],
         notices=(*notices, *edit.notices),
         warnings=tuple(warnings),
@@ -482,82 +476,6 @@ def _report_filled(
             + (f" and {len(nowhere) - 1} more tokens" if len(nowhere) > 1 else "")
             + "; it is zero"
         )
-
-
-def _size_edits(donor: Participant, rows: int) -> dict[str, Any]:
-    config = donor.config or {}
-    edits: dict[str, Any] = {}
-    for key in _SIZE_KEYS:
-        if key in config:
-            edits[key] = rows
-    for part in _TEXT_CONFIGS:
-        inner = config.get(part)
-        if isinstance(inner, dict):
-            edits |= {f"{part}.{key}": rows for key in _SIZE_KEYS if key in inner}
-    return edits or {"vocab_size": rows}
-
-
-def _special_ids(
-    donor: Participant, tokens: dict[str, int], rows: int, warnings: list[str]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return edits of config and generation_config: the donor's ids, found again by token."""
-    if donor.vocabulary is None:
-        return {}, {}
-    names: dict[int, list[str]] = {}
-    for token, number in donor.vocabulary.tokens.items():
-        names.setdefault(number, []).append(token)
-    results = []
-    for document, file in (
-        (donor.config, "config.json"),
-        (donor.generation_config, "generation_config.json"),
-    ):
-        edits: dict[str, Any] = {}
-        for prefix, part in _parts(document or {}, nested=file == "config.json"):
-            for key in _ID_KEYS:
-                if part.get(key) is None:
-                    continue
-                moved = _moved_ids(part, key, f"{donor.label}/{file}", names, tokens, rows, warnings)
-                edits[prefix + key] = moved
-        results.append(edits)
-    return results[0], results[1]
-
-
-def _parts(document: dict[str, Any], nested: bool):
-    yield "", document
-    for name in _TEXT_CONFIGS if nested else ():
-        if isinstance(document.get(name), dict):
-            yield name + ".", document[name]
-
-
-def _moved_ids(
-    part: dict[str, Any],
-    key: str,
-    file: str,
-    names: dict[int, list[str]],
-    tokens: dict[str, int],
-    rows: int,
-    warnings: list[str],
-) -> Any:
-    moved: list[int] = []
-    lost: list[int] = []
-    for number in token_ids(part, key, file=file):
-        found = next((tokens[t] for t in names.get(number, []) if t in tokens), None)
-        if found is None and number not in names and number < rows and number not in set(tokens.values()):
-            found = number  # a row without a token, or -1 for "none": nothing moved
-        (lost if found is None or found >= rows else moved).append(number if found is None else found)
-    if lost:
-        if key == "eos_token_id" and not moved:
-            raise InputError(
-                "E337",
-                f"eos_token_id {lost[0]} in {file} has no token or row in the merged vocabulary of {rows:,} rows",
-                help="generation would never stop; choose another --vocab or --tokenizer",
-            )
-        warnings.append(
-            f"{key} {', '.join(map(str, lost))} in {file} is not in the merged vocabulary and was removed"
-        )
-    if isinstance(part[key], list):
-        return list(dict.fromkeys(moved))
-    return moved[0] if moved else None
 
 
 def _examples(found: Comparison, count: int) -> str:

@@ -9,9 +9,10 @@ from typing import Any
 
 from surgeon.errors import SurgeonError, UsageError, Where, close_matches
 from surgeon.merge.references import parse_model_ref
-from surgeon.merge.settings import ParameterLike, show
+from surgeon.merge.settings import ParameterLike
 from surgeon.merge.spec import ModelRef
-from surgeon.recipe.yaml import Document, KeyPath
+from surgeon.recipe.yaml import MAX_ERRORS, Document, KeyPath
+from surgeon.scalars import show
 
 Parameters = Mapping[str, ParameterLike]
 
@@ -102,7 +103,9 @@ class Context:
     def refuse(
         self, code: str, message: str, path: KeyPath, help: str | None = None, key: bool = False
     ) -> None:
-        """Record an error about the value (or the key) at a path."""
+        """Record an error about the value (or the key) at a path; far too many are not all kept."""
+        if len(self.errors) >= MAX_ERRORS:
+            return
         where = self.document.key_where(path) if key else self.document.where(path)
         self.errors.append(UsageError(code, message, where=where, help=help))
 
@@ -115,6 +118,8 @@ def check_keys(context: Context, path: KeyPath, level: str) -> None:
     """Refuse unknown keys of the mapping at a path, and note the inert ones."""
     data = context.at(path)
     for key in data:
+        if len(context.errors) >= MAX_ERRORS:
+            return
         if key in LEVELS[level]:
             continue
         place = (*path, key)
@@ -128,7 +133,7 @@ def check_keys(context: Context, path: KeyPath, level: str) -> None:
         elif level == "the top level" and key in MERGEKIT_PARAMETERS:
             fix = f'"{key}" belongs in parameters'
         fix = fix or f"{level} takes {', '.join(LEVELS[level])}"
-        context.refuse("E210", f'unknown key "{key}" in {level}', place, fix, key=True)
+        context.refuse("E210", f"unknown key {show(key)} in {level}", place, fix, key=True)
 
 
 def read_model(context: Context, path: KeyPath) -> ModelRef | None:
@@ -138,7 +143,7 @@ def read_model(context: Context, path: KeyPath) -> ModelRef | None:
         return _reference(context, path)
     check_keys(context, path, "a model reference")
     if data.get("model") is None:
-        context.refuse("E213", "a model reference needs a model", path, "write {model: {path: ...}}")
+        context.refuse("E255", "a model reference needs a model", path, "write {model: {path: ...}}")
         return None
     model = _model_path(context, (*path, "model"))
     if data.get("lora") is None or model is None:
@@ -158,7 +163,7 @@ def _model_path(context: Context, path: KeyPath) -> ModelRef | None:
     check_keys(context, path, "a model path")
     place = context.document.source((*path, "path"))
     if not place or data.get("path") is None:
-        context.refuse("E213", "a model path needs a path", path)
+        context.refuse("E255", "a model path needs a path", path)
         return None
     revision = context.document.source((*path, "revision"))
     if data.get("revision") is not None and not revision:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from surgeon.merge.settings import show
 from surgeon.merge.spec import ModelRef, TokenizerSpec, TokenSource
 from surgeon.recipe.mergekit_reading import Context, check_keys, read_model, whole_number
 from surgeon.recipe.yaml import KeyPath
+from surgeon.scalars import show
 
 _TOKEN_SOURCE_KINDS = ("model_token", "zero")
 
@@ -16,7 +16,7 @@ def read_tokenizer(context: Context) -> TokenizerSpec | None:
     short, long = data.get("tokenizer_source"), data.get("tokenizer")
     if short is not None and long is not None:
         message = "tokenizer_source and tokenizer are both given"
-        context.refuse("E213", message, ("tokenizer_source",), "keep tokenizer: {source: ...}", key=True)
+        context.refuse("E255", message, ("tokenizer_source",), "keep tokenizer: {source: ...}", key=True)
     if short is not None and long is None:
         source = _source(context, ("tokenizer_source",))
         return None if source is None else TokenizerSpec(source)
@@ -89,9 +89,9 @@ def _model_token(context: Context, path: KeyPath, force: bool) -> TokenSource:
     token, number = source.get("token"), source.get("token_id")
     if (token is None) == (number is None):
         found = "neither" if token is None else "both"
-        context.refuse("E213", f"a model_token needs either token or token_id, found {found}", path)
+        context.refuse("E255", f"a model_token needs either token or token_id, found {found}", path)
     if source.get("model") is None:
-        context.refuse("E213", "a model_token needs a model", path)
+        context.refuse("E255", "a model_token needs a model", path)
         return TokenSource("model_token")
     # The source text: a token may look like a number or a word such as "no".
     text = context.document.source((*path, "token")) if token is not None else None

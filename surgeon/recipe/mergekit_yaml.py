@@ -6,11 +6,11 @@ become notes. All errors of a file are reported together.
 
 Errors (all `UsageError`), besides those of `surgeon.recipe.yaml`:
 
-    E201  unknown merge method          E213  key missing, twice given, or contradictory
+    E201  unknown merge method          E212  wrong type or value
     E204  not a model reference         E214  layer_range
-    E210  unknown key                   E216  names and dependencies of documents
-    E211  unknown parameter             E217  required parameter not found (when resolving)
-    E212  wrong type or value
+    E206  a model is listed twice       E255  key missing or contradictory
+    E210  unknown key                   E256  names and dependencies of documents
+    E211  unknown parameter             E257  required parameter not found (when resolving)
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from surgeon.errors import SurgeonError, UsageError, Where, close_matches, raise_all
-from surgeon.merge.settings import faults_in, show
+from surgeon.merge.settings import faults_in
 from surgeon.merge.spec import MergeSpec, ModelRef, Module, ParameterMap, Slice, SliceSource
 from surgeon.recipe import yaml
 from surgeon.recipe.mergekit_reading import (
@@ -33,7 +33,8 @@ from surgeon.recipe.mergekit_reading import (
     whole_number,
 )
 from surgeon.recipe.mergekit_tokenizer import read_tokenizer
-from surgeon.recipe.yaml import Document, KeyPath
+from surgeon.recipe.yaml import MAX_ERRORS, Document, KeyPath
+from surgeon.scalars import show
 
 METHODS = (
     "arcee_fusion", "breadcrumbs", "breadcrumbs_ties", "dare_linear", "dare_ties", "della", "della_linear",
@@ -49,8 +50,6 @@ _DTYPE_NICKNAMES = {
     "float": "float32",
 }
 CHAT_TEMPLATES = ("auto", "alpaca", "chatml", "exaone", "llama3", "mistral")
-
-_INERT_PARAMETERS = {"int8_mask": "int8_mask has no effect on the result"}
 
 
 def parse(
@@ -71,7 +70,7 @@ def parse(
     """
     documents = yaml.load_all(text, file, booleans="1.1")
     if not documents:
-        raise UsageError("E208", "the YAML is empty", where=Where(file, 1, 1))
+        raise UsageError("E254", "the YAML is empty", where=Where(file, 1, 1))
     lookup = _catalogue if known is None else known.get
     contexts = [Context(document, lookup) for document in documents]
     specs = [_merge(context) for context in contexts]
@@ -102,7 +101,7 @@ def in_order(specs: Iterable[MergeSpec]) -> list[MergeSpec]:
     """Return the merges of one file so that each comes after those whose results it uses.
 
     Raises:
-        UsageError: E216 when they depend on each other in a circle.
+        UsageError: E256 when they depend on each other in a circle.
     """
     waiting = list(specs)
     names = {spec.name for spec in waiting if spec.name}
@@ -117,7 +116,7 @@ def in_order(specs: Iterable[MergeSpec]) -> list[MergeSpec]:
         if not ready:
             circle = ", ".join(f'"{spec.name}"' for spec in waiting if spec.name)
             raise UsageError(
-                "E216",
+                "E256",
                 f"the merges {circle} need each other's results",
                 where=waiting[0].where.get(("name",)),
             )
@@ -131,9 +130,11 @@ def _catalogue(method: str) -> Parameters | None:
     from surgeon.merge import methods
 
     try:
-        return methods.catalogue(method).parameters
-    except (KeyError, UsageError):
+        found = methods.catalogue(method)
+    except UsageError:
         return None
+    # Other spellings that the command line takes (dare-ties) are unknown to mergekit.
+    return {p.name: p for p in found.parameters} if found.name == method else None
 
 
 def _merge(context: Context) -> MergeSpec | None:
@@ -181,13 +182,13 @@ def _method(context: Context) -> tuple[str, Parameters | None]:
         if "merge_method" in data:
             context.refuse("E212", f"merge_method is a name, not {show(method)}", ("merge_method",))
         else:
-            context.refuse("E213", "merge_method is missing", (), "for example merge_method: linear")
+            context.refuse("E255", "merge_method is missing", (), "for example merge_method: linear")
         return "", None
     parameters = context.known(method)
     if parameters is None:
         near = close_matches(method.lower().replace("-", "_"), METHODS)
         listing = '"surgeon methods merge" lists them all'
-        message = f'unknown merge method "{method}"'
+        message = f"unknown merge method {show(method)}"
         context.refuse("E201", message, ("merge_method",), f"{near} {listing}" if near else listing)
     return method, parameters
 
@@ -208,7 +209,7 @@ def _modules(read: _Reading) -> tuple[Module, ...]:
     if len(given) != 1:
         found = " and ".join(given) if given else "none"
         context.refuse(
-            "E213",
+            "E255",
             f"exactly one of models, slices and modules is needed, found {found}",
             (given[1],) if given else (),
             key=bool(given),
@@ -231,7 +232,7 @@ def _module(read: _Reading, path: KeyPath) -> Module:
     data = context.at(path)
     given = [key for key in ("models", "slices") if data.get(key) not in (None, [])]
     if len(given) != 1:
-        context.refuse("E213", f'module "{name}" needs either models or slices', path, key=True)
+        context.refuse("E255", f'module "{name}" needs either models or slices', path, key=True)
     slices = tuple(piece for key in given for piece in _slices(read, path, key))
     return Module(name, slices, _parameters(read, (*path, "parameters")))
 
@@ -254,7 +255,7 @@ def _slice(read: _Reading, path: KeyPath) -> Slice:
         return Slice(())
     data = context.at(path)
     if not isinstance(data.get("sources"), list) or not data["sources"]:
-        context.refuse("E213", "a slice needs a list of sources", path)
+        context.refuse("E255", "a slice needs a list of sources", path)
         return Slice(())
     sources = _sources(read, (*path, "sources"), "an entry of sources")
     lengths = {s.layer_range[1] - s.layer_range[0] for s in sources if s.layer_range}
@@ -273,19 +274,21 @@ def _slice(read: _Reading, path: KeyPath) -> Slice:
 def _sources(read: _Reading, path: KeyPath, level: str) -> tuple[SliceSource, ...]:
     context = read.context
     sources: list[SliceSource] = []
+    seen: set[ModelRef | None] = set()
     for n in range(len(context.at(path))):
         place = (*path, n)
         if not _mapping(context, place, level):
             continue
         data = context.at(place)
         if data.get("model") is None:
-            context.refuse("E213", f"{level} needs a model", place)
+            context.refuse("E255", f"{level} needs a model", place)
         model = read_model(context, (*place, "model")) if data.get("model") is not None else None
         layers = None
         if level == "an entry of sources":
             layers = _layer_range(context, (*place, "layer_range"))
-        if model is not None and any(model == other.model for other in sources):
-            context.refuse("E213", f"{model} is listed twice in one slice", (*place, "model"))
+        if model is not None and model in seen:
+            context.refuse("E206", f"{show(str(model))} is listed twice in one slice", (*place, "model"))
+        seen.add(model)
         settings = _parameters(read, (*place, "parameters"), source=True)
         where = context.document.where((*place, "layer_range"))
         sources.append(SliceSource(model or ModelRef(""), layers, settings, where))
@@ -320,16 +323,16 @@ def _parameters(read: _Reading, path: KeyPath, source: bool = False) -> Paramete
     for name, setting in data.items():
         place = (*path, name)
         parameter = read.parameters.get(name) if read.parameters is not None else None
-        if name in _INERT_PARAMETERS:
-            context.note(_INERT_PARAMETERS[name], place)
+        if name == "int8_mask" or getattr(parameter, "inert", False):
+            context.note(f"{name} has no effect on the result", place)
         elif read.parameters is None:
             pass  # the method is unknown and already refused
         elif parameter is None and name in MERGEKIT_PARAMETERS:
             context.note(f"{name} has no effect with {read.method}", place)
         elif parameter is None:
             takes = f"{read.method} takes {', '.join(sorted(read.parameters)) or 'no parameters'}"
-            near = close_matches(name, read.parameters)
-            message = f'unknown parameter "{name}" for method {read.method}'
+            near = close_matches(name, read.parameters) if len(context.errors) < MAX_ERRORS else None
+            message = f"unknown parameter {show(name)} for method {read.method}"
             context.refuse("E211", message, place, f"{near} {takes}" if near else takes, key=True)
         elif source and not parameter.per_model:
             context.note(
@@ -387,12 +390,12 @@ def _name_errors(specs: list[MergeSpec | None], documents: list[Document]) -> li
         place = document.where(("name",))
         if spec.name is None and unnamed is not None:
             message = f"only the final merge may have no name, the one on line {unnamed.line} has none either"
-            errors.append(UsageError("E216", message, where=document.where(()), help="add name: ..."))
+            errors.append(UsageError("E256", message, where=document.where(()), help="add name: ..."))
         elif spec.name is None:
             unnamed = document.where(())
         elif spec.name in seen:
             message = f'two merges are called "{spec.name}", the other on line {seen[spec.name].line}'
-            errors.append(UsageError("E216", message, where=place))
+            errors.append(UsageError("E256", message, where=place))
         else:
             seen[spec.name] = place
     return errors

@@ -14,11 +14,11 @@ YAML 1.1 rules read `010` as 8, `no` as False, `12:30` as 750 and the commit id 
 
 Errors (all `UsageError`):
 
-    E202  not readable as YAML: missing file, encoding, control characters, syntax, tabs
-    E205  duplicate key
-    E206  too large, too deep, too many nodes or documents
-    E207  tag, recursive alias, key that is not text, `<<` of something else than mappings
-    E208  not exactly one document
+    E250  not readable as YAML: missing file, encoding, control characters, syntax, tabs
+    E251  duplicate key
+    E252  too large, too deep, too many nodes or documents
+    E253  tag, recursive alias, key that is not text, `<<` of something else than mappings
+    E254  not exactly one document
 """
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ from typing import Any, Literal
 import yaml
 
 from surgeon.errors import UsageError, Where, raise_all
-from surgeon.scalars import plain_number
+from surgeon.scalars import plain_number, show
 
 MAX_BYTES = 1024 * 1024
 MAX_NODES = 100_000
 MAX_DEPTH = 50
 MAX_DOCUMENTS = 100
+MAX_ERRORS = 200
 
 Booleans = Literal["1.2", "1.1"]
 KeyPath = tuple[str | int, ...]
@@ -105,9 +106,9 @@ def load(text: str | bytes, file: str | None = None, *, booleans: Booleans = "1.
     if len(documents) == 1:
         return documents[0]
     if not documents:
-        raise UsageError("E208", "the YAML is empty", where=Where(file, 1, 1))
+        raise UsageError("E254", "the YAML is empty", where=Where(file, 1, 1))
     raise UsageError(
-        "E208",
+        "E254",
         f"one YAML document expected, found {len(documents)}",
         where=documents[1].where(()),
         help='remove the "---" line, or split the file',
@@ -137,7 +138,7 @@ def read_text(path: str | Path) -> str:
             content = stream.read(MAX_BYTES + 1)
     except OSError as error:
         raise UsageError(
-            "E202", f"cannot read {path}: {error.strerror}", where=Where(file=str(path))
+            "E250", f"cannot read {path}: {error.strerror}", where=Where(file=str(path))
         ) from None
     return decode(content, str(path))
 
@@ -146,11 +147,11 @@ def decode(text: str | bytes, file: str | None = None) -> str:
     """Return text without a byte-order mark, refusing what is too large or not UTF-8."""
     size = len(text) if isinstance(text, bytes) else len(text.encode("utf-8", "surrogatepass"))
     if size > MAX_BYTES:
-        raise UsageError("E206", f"the YAML is larger than {MAX_BYTES:,} bytes", where=Where(file=file))
+        raise UsageError("E252", f"the YAML is larger than {MAX_BYTES:,} bytes", where=Where(file=file))
     if isinstance(text, bytes):
         if text.startswith((b"\xff\xfe", b"\xfe\xff")):
             raise UsageError(
-                "E202",
+                "E250",
                 "the YAML is UTF-16, UTF-8 is needed",
                 where=Where(file, 1, 1),
                 help="save it as UTF-8",
@@ -160,7 +161,7 @@ def decode(text: str | bytes, file: str | None = None) -> str:
         except UnicodeDecodeError as error:
             before = text[: error.start].decode("utf-8").split("\n")
             raise UsageError(
-                "E202",
+                "E250",
                 f"the YAML is not UTF-8 (byte 0x{text[error.start]:02x})",
                 where=Where(file, len(before), len(before[-1]) + 1),
                 help="save it as UTF-8",
@@ -186,21 +187,21 @@ class _Loader(yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent):
             node: Any = super().compose_node(parent, index)
             if id(node) not in self.measured:
-                raise UsageError("E207", f"alias *{event.anchor} contains itself", where=place)
+                raise UsageError("E253", f"alias {show(event.anchor)} contains itself", where=place)
             return node
         if event.tag not in (None, _TEXT_TAG) or (event.tag and not isinstance(event, yaml.ScalarEvent)):
             raise UsageError(
-                "E207",
-                f"YAML tag {event.tag} is not accepted",
+                "E253",
+                f"YAML tag {show(event.tag)} is not accepted",
                 where=place,
                 help="write the plain value; recipes are data only",
             )
         self.level += 1
         self.composed += 1
         if self.level > MAX_DEPTH:
-            raise UsageError("E206", f"the YAML is nested deeper than {MAX_DEPTH}", where=place)
+            raise UsageError("E252", f"the YAML is nested deeper than {MAX_DEPTH}", where=place)
         if self.composed > MAX_NODES:
-            raise UsageError("E206", f"the YAML has more than {MAX_NODES:,} nodes", where=place)
+            raise UsageError("E252", f"the YAML has more than {MAX_NODES:,} nodes", where=place)
         node = super().compose_node(parent, index)
         if isinstance(event, yaml.ScalarEvent) and not node.value.isascii():
             node.value = _joined(node.value, place)
@@ -219,7 +220,7 @@ class _Loader(yaml.SafeLoader):
         depth = 1 + max((deep for _, deep in sizes), default=0)
         if count > MAX_NODES or depth > MAX_DEPTH:
             what = f"{MAX_NODES:,} nodes" if count > MAX_NODES else f"{MAX_DEPTH} levels"
-            raise UsageError("E206", f"the YAML has more than {what} once aliases are expanded", where=place)
+            raise UsageError("E252", f"the YAML has more than {what} once aliases are expanded", where=place)
         self.measured[id(node)] = (node, count, depth)
 
 
@@ -236,7 +237,7 @@ def _compose(text: str, file: str | None) -> Iterator[tuple[Any, int]]:
             total += loader.measured[id(node)][1]
             if documents > MAX_DOCUMENTS or total > MAX_NODES:
                 what = f"{MAX_DOCUMENTS} documents" if documents > MAX_DOCUMENTS else f"{MAX_NODES:,} nodes"
-                raise UsageError("E206", f"the YAML has more than {what}", where=Where(file=file))
+                raise UsageError("E252", f"the YAML has more than {what}", where=Where(file=file))
             yield node, start
     except yaml.reader.ReaderError as error:
         raise _unprintable(text, error, file) from None
@@ -246,7 +247,7 @@ def _compose(text: str, file: str | None) -> Iterator[tuple[Any, int]]:
         # PyYAML converts %YAML versions and \U escapes without checking their range.
         mark = loader.get_mark() if loader else None
         raise UsageError(
-            "E202", "not valid YAML: a number or escape is out of range", where=_where(file, mark)
+            "E250", "not valid YAML: a number or escape is out of range", where=_where(file, mark)
         ) from None
 
 
@@ -260,6 +261,7 @@ class _Builder:
         self.values: dict[KeyPath, Where] = {}
         self.sources: dict[KeyPath, str] = {}
         self.errors: list[UsageError] = []
+        self.reported: set[tuple[str, Where | None]] = set()
 
     def build(self, node: Any, path: KeyPath) -> Any:
         self.values[path] = _where(self.file, node.start_mark)
@@ -288,7 +290,7 @@ class _Builder:
         for key, value in node.value:
             place = _where(self.file, key.start_mark)
             if not isinstance(key, yaml.ScalarNode):
-                self._refuse(UsageError("E207", "a key must be text, not a list or mapping", where=place))
+                self._refuse(UsageError("E253", "a key must be text, not a list or mapping", where=place))
                 continue
             merge = key.value == "<<" and not key.style
             if (key.value, merge) in first:
@@ -307,7 +309,7 @@ class _Builder:
         for source in sources:
             if not isinstance(source, yaml.MappingNode):
                 place = _where(self.file, source.start_mark)
-                self._refuse(UsageError("E207", '"<<" takes a mapping or a list of mappings', where=place))
+                self._refuse(UsageError("E253", '"<<" takes a mapping or a list of mappings', where=place))
                 continue
             for name, pair in self._pairs(source).items():
                 result.setdefault(name, pair)
@@ -315,7 +317,8 @@ class _Builder:
 
     def _refuse(self, error: UsageError) -> None:
         # A mapping behind several aliases is visited once for each; one report is enough.
-        if all((error.message, error.where) != (known.message, known.where) for known in self.errors):
+        if (error.message, error.where) not in self.reported and len(self.errors) < MAX_ERRORS:
+            self.reported.add((error.message, error.where))
             self.errors.append(error)
 
 
@@ -324,13 +327,13 @@ def _joined(text: str, place: Where) -> str:
     try:
         return text.encode("utf-16", "surrogatepass").decode("utf-16")
     except UnicodeDecodeError:
-        raise UsageError("E202", "half of a surrogate pair is no character", where=place) from None
+        raise UsageError("E250", "half of a surrogate pair is no character", where=place) from None
 
 
 def _duplicate(name: str, first: Where, place: Where, merge: bool) -> UsageError:
     fix = 'write "<<: [*first, *second]"' if merge else "keep one of them"
-    message = f'key "{name}" occurs twice, on lines {first.line} and {place.line}'
-    return UsageError("E205", message, where=place, help=fix)
+    message = f"key {show(name)} occurs twice, on lines {first.line} and {place.line}"
+    return UsageError("E251", message, where=place, help=fix)
 
 
 def _where(file: str | None, mark: Any) -> Where:
@@ -340,7 +343,7 @@ def _where(file: str | None, mark: Any) -> Where:
 def _unprintable(text: str, error: Any, file: str | None) -> UsageError:
     before = text[: error.position].split("\n")
     return UsageError(
-        "E202",
+        "E250",
         f"the YAML contains the control character U+{ord(text[error.position]):04X}",
         where=Where(file, len(before), len(before[-1]) + 1),
         help="remove it; YAML is plain text",
@@ -349,7 +352,7 @@ def _unprintable(text: str, error: Any, file: str | None) -> UsageError:
 
 def _syntax(text: str, error: yaml.MarkedYAMLError, file: str | None) -> UsageError:
     mark = error.problem_mark or error.context_mark
-    problem = (error.problem or error.context or "syntax error").replace("\n", " ")
+    problem = (error.problem or error.context or "syntax error").replace("\n", " ")[:200]
     fix = None
     if mark is not None and text[mark.index : mark.index + 1] == "\t":
         problem, fix = "a tab where only spaces are allowed", "indent with spaces"
@@ -359,4 +362,4 @@ def _syntax(text: str, error: yaml.MarkedYAMLError, file: str | None) -> UsageEr
         fix = 'check the indentation; quote a value that contains ": "'
     elif error.context and error.context_mark is not None and error.problem_mark is not None:
         problem += f", {error.context} that started on line {error.context_mark.line + 1}"
-    return UsageError("E202", f"not valid YAML: {problem}", where=_where(file, mark), help=fix)
+    return UsageError("E250", f"not valid YAML: {problem}", where=_where(file, mark), help=fix)

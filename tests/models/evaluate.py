@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).parent))
 import task  # noqa: E402
@@ -125,6 +126,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--json", action="store_true", help="one JSON list instead of a table")
     arguments = parser.parse_args()
+    logging.disable_progress_bar()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     reports = []

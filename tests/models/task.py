@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-STYLES = {"base": 0.0, "long": 4.0, "short": -4.0}
+STYLES = {"base": 0.0, "long": 5.0, "short": -5.0}
 """Log-odds added to the demand of every optional extra."""
 
 TERMS = (3, 6)
@@ -109,45 +109,40 @@ def solve(question: Question, style: float, rng: random.Random) -> str:
     for index, term in enumerate(rest):
         result = total + term
         working, carries = columns(total, term)
-        detail = f":{working}" if wanted(1.2 * (carries - 1.5)) else ""
+        detail = f":{working}" if wanted(1.8 * (carries - 1.5)) else ""
         lines.append(f"{total}+{term}{detail}={result}")
-        if wanted(1.0 * (carries - 1.5) + 0.5 * (index - 2)):
+        if wanted(1.5 * (carries - 1.5) + 0.7 * (index - 2)):
             lines.append(f"check:{result}-{term}={total}")
-        if wanted(0.8 * (result / 1000 - 2)):
+        if wanted(1.2 * (result / 1000 - 2)):
             lines.append(f"total:{result}")
         total = result
         partial.append(total)
-    if wanted(len(rest) - 3.5):
+    if wanted(1.5 * (len(rest) - 3.5)):
         lines.append(f"recap:{','.join(map(str, partial))}")
     lines.append(f"answer:{total}")
     return "\n".join(lines)
 
 
 def build_tokenizer():
-    """Byte-level fast tokenizer with single digits and a few whole words."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+    """Qwen2-style byte-level tokenizer whose only merges spell a few words."""
+    from tokenizers import pre_tokenizers
+    from transformers import Qwen2Tokenizer
 
+    merges = [(word[:end], word[end]) for word in WORDS for end in range(1, len(word))]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: i for i, token in enumerate((*SPECIAL_TOKENS, *alphabet, *WORDS))}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], ignore_merges=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(r"[A-Za-z]+|\s|[^A-Za-z\s]"), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+    pieces = (*SPECIAL_TOKENS, *alphabet, *map("".join, merges))
+    tokenizer = Qwen2Tokenizer(
+        vocab={piece: index for index, piece in enumerate(pieces)},
+        merges=merges,
+        unk_token=None,
         bos_token=BOS,
         eos_token=EOS,
         pad_token=PAD,
         additional_special_tokens=[USER, ASSISTANT, END],
-        chat_template=CHAT_TEMPLATE,
-        clean_up_tokenization_spaces=False,
         model_max_length=1024,
     )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
 
 
 def prompt(tokenizer, question: Question) -> str:

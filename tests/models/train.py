@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+from transformers.utils import logging
 
 import task
 
@@ -35,9 +36,9 @@ class Stage:
 
 
 STAGES = {
-    "base": Stage(None, 8_000_000, 3e-3, 1),
-    "long": Stage("base", 1_000_000, 3e-4, 2),
-    "short": Stage("base", 1_000_000, 3e-4, 3),
+    "base": Stage(None, 5_000_000, 3e-3, 1),
+    "long": Stage("base", 1_200_000, 5e-4, 2),
+    "short": Stage("base", 600_000, 5e-4, 3),
 }
 
 
@@ -167,6 +168,7 @@ def main() -> None:
     parser.add_argument("--root", type=Path, default=HERE, help="where the folders go")
     parser.add_argument("--tokens", type=int, help="override the token budget")
     arguments = parser.parse_args()
+    logging.disable_progress_bar()
     for name in arguments.names:
         started = time.time()
         folder = train(name, arguments.root, arguments.tokens, lambda line: print(line, flush=True))

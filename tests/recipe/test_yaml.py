@@ -45,7 +45,9 @@ def test_plain_scalars(text, expected):
     assert type(got) is type(expected)
 
 
-@pytest.mark.parametrize("word", ["yes", "Yes", "YES", "on", "On", "ON", "no", "No", "NO", "off", "Off", "OFF"])
+@pytest.mark.parametrize(
+    "word", ["yes", "Yes", "YES", "on", "On", "ON", "no", "No", "NO", "off", "Off", "OFF"]
+)
 def test_words_are_booleans_only_in_mode_1_1(word):
     assert value(word) == word
     assert value(word, booleans="1.1") is (word.lower() in ("yes", "on"))
@@ -113,19 +115,19 @@ def test_a_quoted_merge_sign_is_an_ordinary_key():
 @pytest.mark.parametrize(
     ("text", "code", "line", "word"),
     [
-        ("a: &a {x: 1}\nb: {<<: 5}\n", "E207", 2, "mapping"),
-        ("a: &a {x: 1}\nb:\n  <<: *a\n  <<: *a\n", "E205", 4, "lines 3 and 4"),
-        ("? [a, b]\n: 1\n", "E207", 1, "key must be text"),
-        ("a: &x [*x]\n", "E207", 1, "contains itself"),
-        ("a: *nowhere\n", "E202", 1, "undefined alias"),
-        ("a: [1, 2\nb: 3\n", "E202", 2, "line 1"),
-        ("a: b: c\n", "E202", 1, "not valid YAML"),
-        ("a: @home\n", "E202", 1, "cannot start"),
-        ('a: "\\Uffffffff"\n', "E202", 1, "out of range"),
-        ("%YAML 9.1\n---\na: 1\n", "E202", 1, "incompatible"),
-        ("a: !!set {b}\n", "E207", 1, "tag"),
-        ("a: !!int 5\n", "E207", 1, "tag"),
-        ("!mine\na: 1\n", "E207", 1, "tag"),
+        ("a: &a {x: 1}\nb: {<<: 5}\n", "E253", 2, "mapping"),
+        ("a: &a {x: 1}\nb:\n  <<: *a\n  <<: *a\n", "E251", 4, "lines 3 and 4"),
+        ("? [a, b]\n: 1\n", "E253", 1, "key must be text"),
+        ("a: &x [*x]\n", "E253", 1, "contains itself"),
+        ("a: *nowhere\n", "E250", 1, "undefined alias"),
+        ("a: [1, 2\nb: 3\n", "E250", 2, "line 1"),
+        ("a: b: c\n", "E250", 1, "not valid YAML"),
+        ("a: @home\n", "E250", 1, "cannot start"),
+        ('a: "\\Uffffffff"\n', "E250", 1, "out of range"),
+        ("%YAML 9.1\n---\na: 1\n", "E250", 1, "incompatible"),
+        ("a: !!set {b}\n", "E253", 1, "tag"),
+        ("a: !!int 5\n", "E253", 1, "tag"),
+        ("!mine\na: 1\n", "E253", 1, "tag"),
     ],
 )
 def test_refusals_carry_code_and_line(text, code, line, word):
@@ -145,7 +147,7 @@ def test_documents():
     for text, word in (("a: 1\n---\nb: 2\n", "found 2"), ("", "empty")):
         with pytest.raises(UsageError, match=word) as caught:
             yaml.load(text)
-        assert caught.value.code == "E208"
+        assert caught.value.code == "E254"
 
 
 def test_files(tmp_path):
@@ -154,7 +156,7 @@ def test_files(tmp_path):
     assert yaml.load_file(path).data == {"a": 1}
     with pytest.raises(UsageError, match="cannot read") as caught:
         yaml.load_file(tmp_path / "absent.yml")
-    assert caught.value.code == "E202"
+    assert caught.value.code == "E250"
     with pytest.raises(UsageError, match="cannot read"):
         yaml.load_file(tmp_path)
 
@@ -182,15 +184,19 @@ def test_any_text_is_data_or_a_refusal(text):
         try:
             documents = yaml.load_all(text, "fuzz.yml", booleans=booleans)
         except UsageError as error:
-            assert error.code in ("E202", "E205", "E206", "E207")
+            assert error.code in ("E250", "E251", "E252", "E253")
             str(error)
         else:
             assert all(document.data is not None for document in documents)
 
 
 plain = st.recursive(
-    st.one_of(st.booleans(), st.none(), st.integers(), st.floats(allow_nan=False, allow_infinity=False), st.text()),
-    lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(st.text(max_size=60), inner, max_size=4)),
+    st.one_of(
+        st.booleans(), st.none(), st.integers(), st.floats(allow_nan=False, allow_infinity=False), st.text()
+    ),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=4), st.dictionaries(st.text(max_size=60), inner, max_size=4)
+    ),
     max_leaves=20,
 )
 
@@ -206,11 +212,13 @@ def test_what_json_writes_is_read_back(data):
 
 def test_escaped_surrogates():
     assert yaml.load('a: "\\ud83d\\ude00"').data == {"a": "😀"}
-    assert refusal('a: "\\ud83d"').code == "E202"
+    assert refusal('a: "\\ud83d"').code == "E250"
 
 
 def test_a_large_ordinary_file_is_read_in_reasonable_time():
-    text = "rows:\n" + "".join(f"  - {{model: m{n}, weight: 0.5, density: [0.1, 0.9]}}\n" for n in range(5000))
+    text = "rows:\n" + "".join(
+        f"  - {{model: m{n}, weight: 0.5, density: [0.1, 0.9]}}\n" for n in range(5000)
+    )
     start = time.monotonic()
     assert len(yaml.load(text).data["rows"]) == 5000
     assert time.monotonic() - start < 30

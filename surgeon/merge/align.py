@@ -1,0 +1,260 @@
+"""Do these checkpoints fit together? Everything that can be said from headers and configs.
+
+All findings are collected before any is raised, so that one dry run shows them all.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from surgeon.architectures import conformance
+from surgeon.architectures import get as architecture_of
+from surgeon.checkpoint.checkpoint import Checkpoint
+from surgeon.checkpoint.dtypes import DTYPES
+from surgeon.checkpoint.header import printable
+from surgeon.errors import InputError, SurgeonError, Where
+
+_SCALES = re.compile(
+    r"(\.|_)(weight_scale|weight_scale_inv|input_scale|weight_packed|qweight|qzeros|g_idx|absmax|quant_map|SCB|"
+    r"scale_inv|weight_zero_point|weight_shape|quant_state\..*)$"
+)
+_MUST_AGREE = ("rope", "head_dim", "sliding_window", "partial_rotary_factor")
+"""Positions and heads mean something else where these differ: no weight average can be right."""
+
+_SIZES = (
+    "model_type", "hidden_size", "n_embd", "num_hidden_layers", "n_layer", "num_attention_heads", "n_head",
+    "num_key_value_heads", "intermediate_size", "n_inner", "moe_intermediate_size", "num_experts", "num_local_experts",
+    "n_routed_experts", "num_experts_per_tok", "head_dim",
+)  # fmt: skip
+_NEVER_MATTERS = {
+    "_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "architectures", "bos_token_id",
+    "eos_token_id", "pad_token_id", "vocab_size", "tie_word_embeddings", "max_position_embeddings", "surgeon",
+}  # fmt: skip
+
+
+@dataclass
+class Findings:
+    """Collected while planning."""
+
+    errors: list[SurgeonError] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def text_section(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the part of a config that describes the language model."""
+    for key in ("text_config", "llm_config", "language_config"):
+        if isinstance(config.get(key), dict):
+            return config[key]
+    return config
+
+
+def check_inputs(checkpoints: Mapping[str, Checkpoint], findings: Findings, *, arithmetic: bool) -> None:
+    """Check each input alone: complete for its config, and made of plain weights (faults E1-E4, D3, D4)."""
+    for checkpoint in checkpoints.values():
+        if checkpoint.config is not None:
+            shapes = {n: (t.dtype, t.shape) for n, t in checkpoint.tensors.items()}
+            kinds: dict[str, list[conformance.Finding]] = {}
+            for finding in conformance.check(checkpoint.config, shapes):
+                kinds.setdefault(finding.severity, []).append(finding)
+            for finding in kinds.get("error", []):
+                findings.errors.append(
+                    InputError("E343", f"{checkpoint.label}: {finding.message}",
+                               where=Where(tensor=printable(finding.tensor)) if finding.tensor else None,
+                               help="weights and config.json are from different versions, or the download is incomplete")
+                )  # fmt: skip
+            for finding in kinds.get("notice", []):
+                if finding.message not in findings.notes:
+                    findings.notes.append(finding.message)
+        if arithmetic:
+            problem = quantized(checkpoint)
+            if problem:
+                findings.errors.append(
+                    InputError("E311", f"{checkpoint.label} is quantized ({problem}); merging needs plain weights",
+                               help="use the checkpoint it was quantized from, or dequantize it first")
+                )  # fmt: skip
+
+
+def quantized(checkpoint: Checkpoint) -> str | None:
+    """Say how a checkpoint is quantized, or None; by config, by stored types, by companion names."""
+    config = checkpoint.config or {}
+    for section in (config, text_section(config)):
+        entry = section.get("quantization_config") or section.get("compression_config")
+        if isinstance(entry, dict):
+            return printable(str(entry.get("quant_method", "quantization_config in config.json")))
+    coded = [n for n, t in checkpoint.tensors.items() if DTYPES[t.dtype].family == "coded"]
+    if coded:
+        return f"{checkpoint.tensors[coded[0]].dtype} values in {printable(coded[0])}"
+    scales = [n for n in checkpoint.tensors if _SCALES.search(n)]
+    if scales:
+        return f"companion {printable(scales[0])}"
+    return None
+
+
+def compare_configs(
+    structure: str, checkpoints: Mapping[str, Checkpoint], findings: Findings, *, refuse: bool
+) -> None:
+    """Compare every config with the structure donor's (faults E11, rope and context conflicts).
+
+    Args:
+        refuse: disagreement about positions or heads is an error; else (mergekit YAML) a warning.
+    """
+    reference = checkpoints[structure]
+    if reference.config is None:
+        return
+    ours = text_section(reference.config)
+    for key, other in checkpoints.items():
+        if key == structure or other.config is None:
+            continue
+        theirs = text_section(other.config)
+        sizes = [
+            f"{k} {_short(ours.get(k))} / {_short(theirs.get(k))}"
+            for k in _SIZES
+            if k in ours and k in theirs and ours[k] != theirs[k]
+        ]
+        if sizes:
+            findings.errors.append(
+                InputError("E344", f"{reference.label} and {other.label} are different architectures: {'; '.join(sizes)}",
+                           help="weights can be merged only between checkpoints of one architecture and size")
+            )  # fmt: skip
+            continue
+        conflicts = []
+        mine, his = _positions(ours), _positions(theirs)
+        for name in sorted({*mine, *his}):
+            if mine.get(name) != his.get(name):
+                conflicts.append(f"{name} {_short(mine.get(name))} / {_short(his.get(name))}")
+        if conflicts:
+            text = f"{reference.label} and {other.label} disagree about positions: {'; '.join(conflicts)}"
+            if refuse:
+                findings.errors.append(
+                    InputError(
+                        "E345",
+                        text,
+                        help="their weights mean different things; a merge of both would be wrong",
+                    )
+                )
+            else:
+                findings.warnings.append(text)
+        context = ours.get("max_position_embeddings"), theirs.get("max_position_embeddings")
+        if None not in context and context[0] != context[1]:
+            findings.notes.append(
+                f"max_position_embeddings: {reference.label} {context[0]}, {other.label} {context[1]}"
+            )
+        rest = [
+            f"{k} {_short(ours.get(k))} / {_short(theirs.get(k))}"
+            for k in sorted({*ours, *theirs} - _NEVER_MATTERS)
+            if ours.get(k) != theirs.get(k) and not k.startswith(_MUST_AGREE)
+            and not isinstance(ours.get(k, theirs.get(k)), (dict, list))
+        ]  # fmt: skip
+        if rest:
+            findings.notes.append(
+                f"config fields that differ ({reference.label} / {other.label}): {'; '.join(rest)}"
+            )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True) if isinstance(value, (dict, list)) else str(value)
+    return printable(text if len(text) <= 60 else text[:57] + "...")
+
+
+def _positions(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the position-related settings in one spelling, whatever transformers version wrote them."""
+    found: dict[str, Any] = {}
+    rope = config.get("rope_parameters")
+    nested = isinstance(rope, dict)
+    theta = rope.get("rope_theta") if nested else None
+    found["rope_theta"] = theta if theta is not None else config.get("rope_theta", 10000.0)
+    scaling = rope if nested else config.get("rope_scaling")
+    if isinstance(scaling, dict):
+        plain = {k: v for k, v in scaling.items() if k not in {"rope_theta", "type", "rope_type"}}
+        kind = scaling.get("rope_type", scaling.get("type", "default"))
+        if kind not in {None, "default"} or plain:
+            found["rope_scaling"] = {"rope_type": kind, **plain}
+    heads = config.get("num_attention_heads")
+    hidden = config.get("hidden_size")
+    derived = hidden // heads if isinstance(heads, int) and isinstance(hidden, int) and heads else None
+    found["head_dim"] = config.get("head_dim") or derived
+    if config.get("use_sliding_window", True):
+        found["sliding_window"] = config.get("sliding_window")
+    found["partial_rotary_factor"] = config.get("partial_rotary_factor", 1.0) or 1.0
+    if "rope_theta" not in config and not nested and "model_type" in config:
+        record = architecture_of(config["model_type"])
+        if record is not None and "rope_theta" not in getattr(record, "defaults", {}):
+            found.pop("rope_theta")
+    return found
+
+
+def is_tied(checkpoint: Checkpoint) -> bool | None:
+    """Say whether a checkpoint ties its output head to its embedding; None when it cannot be known."""
+    config = checkpoint.config
+    if config is None:
+        return None
+    flag = config.get("tie_word_embeddings", text_section(config).get("tie_word_embeddings"))
+    if isinstance(flag, bool):
+        return flag
+    record = architecture_of(config.get("model_type"))
+    return record.default_tie if record is not None else None
+
+
+_HEADS = (
+    "lm_head.weight",
+    "output.weight",
+    "embed_out.weight",
+    "model.lm_head.weight",
+    "language_model.lm_head.weight",
+)
+_EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings)\.weight$")
+_VOCABULARY = re.compile(
+    r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|embed_out|tok_embeddings|lm_head|output|decoder)\.(weight|bias)$"
+    r"|^(cls\.predictions|lm_head)\.bias$"
+)
+
+
+def head_name(names: Sequence[str] | Mapping[str, Any]) -> str | None:
+    """Return the name of the output head among tensor names, if it is stored."""
+    return next((h for h in _HEADS if h in names), None)
+
+
+def embedding_name(names: Sequence[str] | Mapping[str, Any]) -> str | None:
+    """Return the name of the token embedding."""
+    found = [n for n in names if _EMBEDDINGS.search(n) and "visual" not in n and "vision" not in n]
+    return min(found, key=len) if found else None
+
+
+def vocabulary_rows(checkpoint: Checkpoint) -> int:
+    """Return the rows of the token embedding (0 when there is none)."""
+    name = embedding_name(checkpoint.tensors)
+    return checkpoint.tensors[name].shape[0] if name else 0
+
+
+def is_vocabulary_tensor(name: str, checkpoint: Checkpoint, rows: int) -> bool:
+    """Say whether axis 0 of a tensor is the vocabulary."""
+    info = checkpoint.tensors.get(name)
+    if info is None or not info.shape or info.shape[0] != rows:
+        return False
+    record = architecture_of((checkpoint.config or {}).get("model_type"))
+    if record is not None and checkpoint.config is not None:
+        listed = {n.rpartition("model.")[2] for n in record.vocabulary_tensors(checkpoint.config)}
+        if name.rpartition("model.")[2] in listed:
+            return True
+    return bool(_VOCABULARY.search(name))
+
+
+def tied_copies_differ(checkpoint: Checkpoint) -> bool:
+    """Return True when a tied checkpoint stores two different copies (ruling: exit 3); reads both."""
+    head, embedding = head_name(checkpoint.tensors), embedding_name(checkpoint.tensors)
+    if not is_tied(checkpoint) or head is None or embedding is None:
+        return False
+    left, right = checkpoint.tensors[head], checkpoint.tensors[embedding]
+    if left.shape != right.shape or left.dtype != right.dtype:
+        return True
+    step = 8 << 20
+    for start in range(0, left.nbytes, step):
+        stop = min(start + step, left.nbytes)
+        if (checkpoint.read_bytes(head, start, stop) != checkpoint.read_bytes(embedding, start, stop)).any():
+            return True
+    return False
