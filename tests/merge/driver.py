@@ -20,7 +20,8 @@ Arrays = Sequence[np.ndarray]
 
 def raw_of(values: np.ndarray, code: str) -> np.ndarray:
     """Return values in the carrier type of a storage code (bfloat16 as uint16)."""
-    return cast.narrow(np.asarray(values, dtype=np.float64 if code == "F64" else np.float32), code)
+    wide = np.asarray(values, dtype=np.float64 if code == "F64" else np.float32)
+    return cast.narrow(wide.reshape(-1), code).reshape(wide.shape)  # kernels see 1-D blocks
 
 
 def values_of(raw: np.ndarray, code: str) -> np.ndarray:

@@ -1,0 +1,87 @@
+"""The command line's entry: knows the names of the commands, imports only the chosen one."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+COMMANDS = {
+    "merge": "Merge models: TIES, task arithmetic, SLERP, DARE, ... or a mergekit YAML.",
+    "run": "Run a recipe (mergekit YAML).",
+    "inspect": "Show what a checkpoint holds.",
+    "diff": "Compare two checkpoints: structure, config, values, delta anatomy.",
+    "verify": "Check a model: structure, config, index, hashes, values; load it in stock transformers.",
+    "methods": "List methods, or show one method's page.",
+    "doctor": "Report on this machine, and what can be done with a model here.",
+    "clean": "List or remove what interrupted runs left behind.",
+}
+"""Command -> one line. The module `surgeon.cli.<name>` holds a function of the same name."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; ends the process with an exit code of `surgeon.errors`."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    name = next((a for a in given if not a.startswith("-")), None)
+    if not given or (name is None and given[0] in {"-h", "--help"}) or given[0] in {"-h", "--help"}:
+        print_help()
+        sys.exit(0 if given else 2)
+    if given[0] == "--version":
+        from surgeon import __version__
+
+        sys.stdout.write(f"surgeon {__version__}\n")
+        sys.exit(0)
+    if name not in COMMANDS or given[0] != name:
+        unknown(given[0])
+    sys.exit(run(name, given[1:]))
+
+
+def print_help() -> None:
+    from surgeon import __version__
+
+    width = max(map(len, COMMANDS))
+    lines = [
+        f"surgeon {__version__}: model surgery on LLM checkpoints.",
+        "",
+        "Usage: surgeon COMMAND [ARGS] [OPTIONS]",
+        "",
+        *(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items()),
+        "",
+        '"surgeon COMMAND --help" shows the options. Exit codes: 0 done, 1 bug, 2 usage, 3 input,',
+        "4 check failed, 5 environment, 6 output conflict, 130/143 interrupted (resumable).",
+        "",
+        "  surgeon merge long.safetensors short.safetensors --method ties",
+        "  surgeon merge ./long ./short --method ties -o merged",
+        "",
+    ]
+    sys.stdout.write("\n".join(lines))
+
+
+def unknown(name: str) -> None:
+    from surgeon.errors import close_matches
+
+    near = close_matches(name, COMMANDS)
+    shown = "".join(c if c.isprintable() else "?" for c in name)[:60]
+    what = "option" if name.startswith("-") else "command"
+    sys.stderr.write(f'error[E200]: unknown {what} "{shown}"\n')
+    sys.stderr.write(f"  help: {near or 'commands: ' + ', '.join(COMMANDS)}\n")
+    sys.exit(2)
+
+
+def build(name: str) -> Any:
+    """Return the Typer application of one command."""
+    import typer
+
+    module = importlib.import_module(f"surgeon.cli.{name}")
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    app.command(name, context_settings={"help_option_names": ["-h", "--help"]})(getattr(module, name))
+    return app
+
+
+def run(name: str, arguments: list[str]) -> int:
+    """Run one command; return its exit code."""
+    try:
+        build(name)(arguments, prog_name=f"surgeon {name}", standalone_mode=True)
+    except SystemExit as ending:
+        return ending.code if isinstance(ending.code, int) else 1 if ending.code else 0
+    return 0

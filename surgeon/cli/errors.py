@@ -1,0 +1,117 @@
+"""From exceptions to exit codes: one table for every command."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import tempfile
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from surgeon.cli.output import Output
+from surgeon.errors import Interrupted, SurgeonError
+
+
+def as_json(error: SurgeonError) -> dict[str, Any]:
+    """Return the JSON form of a refusal."""
+    where = error.where
+    return {
+        "code": error.code,
+        "message": error.message,
+        "where": None
+        if where is None
+        else {"file": where.file, "line": where.line, "column": where.column, "tensor": where.tensor},
+        "help": error.help,
+        "exit_code": error.exit_code,
+        "others": [as_json(other) for other in error.others],
+    }
+
+
+def run_command(out: Output, command: str, work: Callable[[], dict[str, Any] | None]) -> int:
+    """Run a command's work; print its document or error; return the exit code.
+
+    Anything that is not a SurgeonError is a bug: its traceback goes to a file whose path is printed.
+    """
+    try:
+        document = work() or {}
+    except SurgeonError as error:
+        status = "gate-failed" if error.exit_code == 4 else "failed"
+        return _failed(out, command, error, status)
+    except MemoryError:
+        from surgeon.errors import EnvironmentFault
+
+        return _failed(out, command, EnvironmentFault("E504", "the memory of this process is used up",
+                                                      help="set --memory-limit lower than the real limit"), "failed")  # fmt: skip
+    except KeyboardInterrupt:
+        return _failed(out, command, Interrupted("E130", "interrupted"), "failed")
+    except Exception as bug:
+        return _bug(out, command, bug)
+    code = int(document.pop("exit_code", 0))
+    if out.json_mode:
+        out.document(
+            {"schema": 1, "command": command, "status": "ok", "exit_code": code, **document, "error": None}
+        )
+    return code
+
+
+def _failed(out: Output, command: str, error: SurgeonError, status: str) -> int:
+    if out.json_mode:
+        out.document(
+            {
+                "schema": 1,
+                "command": command,
+                "status": status,
+                "exit_code": error.exit_code,
+                "error": as_json(error),
+            }
+        )
+    out.error(error)
+    return error.exit_code
+
+
+def _bug(out: Output, command: str, bug: Exception) -> int:
+    descriptor, path = tempfile.mkstemp(prefix="surgeon-bug-", suffix=".log")
+    with os.fdopen(descriptor, "w") as stream:
+        stream.write(f"surgeon {command}\n{sys.version}\n\n")
+        traceback.print_exception(bug, file=stream)
+    message = f"a bug in surgeon: {type(bug).__name__}: {bug}"
+    if out.json_mode:
+        out.document(
+            {"schema": 1, "command": command, "status": "failed", "exit_code": 1,
+             "error": {"code": "E001", "message": message, "where": {"file": path}, "help": None, "exit_code": 1, "others": []}}
+        )  # fmt: skip
+    out.log(f"error[E001]: {message}")
+    out.log(f"  help: the traceback is in {path}; please report it with the command you ran")
+    return 1
+
+
+@contextlib.contextmanager
+def stop_on_signals(out: Output) -> Iterator[tuple[threading.Event, list[int]]]:
+    """Turn the first SIGINT or SIGTERM into a stop request; the second one ends the process (fault A4)."""
+    stop = threading.Event()
+    received: list[int] = []
+
+    def handle(number: int, frame: object) -> None:
+        if received:
+            os._exit(128 + number)
+        received.append(number)
+        stop.set()
+        out.log("stopping after the work in progress; again to stop at once")
+
+    previous = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with contextlib.suppress(ValueError):  # not in the main thread
+            previous[number] = signal.signal(number, handle)
+    try:
+        yield stop, received
+    except Interrupted as error:
+        error.exit_code = 128 + (received[0] if received else signal.SIGINT)
+        error.help = error.help or "run the same command again to continue; --no-resume starts over"
+        raise
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

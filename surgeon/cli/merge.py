@@ -1,0 +1,350 @@
+"""``surgeon merge``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from surgeon.cli import options as o
+from surgeon.cli.errors import run_command, stop_on_signals
+from surgeon.cli.output import Output, number, size
+from surgeon.errors import UsageError
+
+
+def merge(
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="MODEL...|CONFIG.yml", help="Two or more models, or one mergekit YAML."),
+    ],
+    method: Annotated[
+        str | None,
+        typer.Option("--method", help='Merge method; "surgeon methods merge" lists them. [linear]'),
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option("--base", help="Base model [with two models: the last one, if needed].")
+    ] = None,
+    weight: Annotated[
+        list[str] | None,
+        typer.Option("--weight", help="Repeat, or comma list: one for each non-base model, in order."),
+    ] = None,
+    density: Annotated[
+        list[str] | None, typer.Option("--density", help="Fraction of a task vector KEPT.")
+    ] = None,
+    lambda_: Annotated[
+        float | None, typer.Option("--lambda", help="Factor of the merged task vector.")
+    ] = None,
+    t: Annotated[
+        float | None, typer.Option("--t", help="Interpolation (slerp, interpolate, nearswap).")
+    ] = None,
+    normalize: Annotated[
+        bool | None,
+        typer.Option("--normalize/--no-normalize", help="Divide by the sum of weights [method's default]."),
+    ] = None,
+    param: Annotated[
+        list[str] | None, typer.Option("--param", help="NAME=VALUE: any other parameter of the method.")
+    ] = None,
+    layers: Annotated[
+        str | None, typer.Option("--layers", help="A:B merges only these layers; the rest is the base's.")
+    ] = None,
+    ignore: Annotated[
+        list[str] | None, typer.Option("--ignore", help="Tensors copied unchanged: name, glob or re:REGEX.")
+    ] = None,
+    dense: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--dense", help="Tensors merged with density 1 (norms, biases): name, glob or re:REGEX."
+        ),
+    ] = None,
+    vocab: Annotated[
+        str | None,
+        typer.Option("--vocab", help="base, union, truncate or a MODEL [refuse when vocabularies differ]."),
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option("--tokenizer", help="Model whose tokenizer files are taken.")
+    ] = None,
+    chat_template: Annotated[
+        str | None, typer.Option("--chat-template", help="auto, base, a built-in name, or a file.")
+    ] = None,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option("--sweep", help="NAME=START:STOP:STEP or NAME=A,B: several outputs from one read."),
+    ] = None,
+    output: o.OutputPath = None,
+    overwrite: o.Overwrite = False,
+    resume: o.Resume = True,
+    dry_run: o.DryRun = False,
+    dtype: o.DType = None,
+    max_shard_size: o.ShardSize = "5GB",
+    threads: o.Threads = None,
+    memory_limit: o.MemoryLimit = None,
+    seed: o.Seed = 0,
+    weights: o.Weights = "auto",
+    config: o.ConfigFile = None,
+    ignore_unlisted: o.IgnoreUnlisted = False,
+    allow_nonfinite: Annotated[
+        bool, typer.Option("--allow-nonfinite", help="Copy NaN and Inf where a tensor is only copied.")
+    ] = False,
+    mergekit_quirks: Annotated[
+        bool, typer.Option("--mergekit-quirks", help="Reproduce mergekit's oddities that affect numbers.")
+    ] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Warnings are errors.")] = False,
+    offline: o.Offline = False,
+    json_: o.Json = False,
+    quiet: o.Quiet = False,
+    verbose: o.Verbose = False,
+    no_progress: o.NoProgress = False,
+) -> None:
+    """Merge models into one, or run a mergekit YAML.
+
+    Without --base, a method that needs one takes the LAST of exactly two models: the long
+    model's trimmed delta goes onto the short one.
+    """
+    out = Output(json_, quiet, verbose, not no_progress)
+
+    def work() -> dict[str, Any]:
+        from surgeon import api
+
+        span = _layers(layers)
+        given = {
+            "method": method, "base": base, "weight": o.numbers(weight, "--weight") or None,
+            "density": o.numbers(density, "--density") or None, "lambda_": lambda_, "t": t, "normalize": normalize,
+            "param": o.assignments(param, "--param") or None, "layers": span, "ignore": tuple(ignore or ()) or None,
+            "dense": tuple(dense or ()) or None, "vocab": vocab, "tokenizer": tokenizer, "sweep": tuple(sweep or ()) or None,
+            "dtype": dtype, "config": config,
+        }  # fmt: skip
+        common = {
+            "max_shard_size": o.byte_size(max_shard_size, "--max-shard-size"), "seed": seed, "weights": weights,
+            "ignore_unlisted": ignore_unlisted, "allow_nonfinite": allow_nonfinite, "mergekit_quirks": mergekit_quirks,
+            "strict": strict, "offline": offline, "chat_template": chat_template,
+        }  # fmt: skip
+        settings = Settings(
+            output, overwrite, resume, dry_run, threads, o.byte_size(memory_limit, "--memory-limit")
+        )
+        if len(models) == 1 and models[0].endswith((".yml", ".yaml")):
+            named = [f"--{k.rstrip('_').replace('_', '-')}" for k, v in given.items() if v is not None]
+            if named:
+                raise UsageError("E208", f"{', '.join(named)} cannot be combined with a YAML file",
+                                 help="set it in the YAML, or name the models on the command line")  # fmt: skip
+            return run_yaml(out, models[0], common, settings)
+        if len(models) < 2 and base is None:
+            raise UsageError("E205", f"a merge needs at least two models, {len(models)} given",
+                             help="surgeon merge LONG SHORT --method ties -o OUT, or surgeon merge CONFIG.yml -o OUT")  # fmt: skip
+        request = api.build_request(models=tuple(models), **given, **common)
+        planned = api.plan_merge(request, title=_title(output))
+        return finish(out, planned, settings, strict)
+
+    raise typer.Exit(run_command(out, "merge", work))
+
+
+class Settings:
+    """How a planned merge is to be run."""
+
+    def __init__(self, output, overwrite, resume, dry_run, threads, memory_limit) -> None:
+        self.output: str | None = output
+        self.overwrite: bool = overwrite
+        self.resume: bool = resume
+        self.dry_run: bool = dry_run
+        self.threads: int | None = threads
+        self.memory_limit: int | None = memory_limit
+
+
+def _layers(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    start, sign, stop = text.partition(":")
+    try:
+        return int(start), int(stop) if sign else int(start) + 1
+    except ValueError:
+        raise UsageError("E214", f'--layers is "{text}"', help="A:B, the upper end exclusive: 0:12") from None
+
+
+def _title(output: str | None) -> str:
+    return Path(output).name.removesuffix(".safetensors") if output else "merged"
+
+
+def run_yaml(out: Output, file: str, common: dict[str, Any], settings: Settings) -> dict[str, Any]:
+    """Run a mergekit YAML: one merge, or several documents that use each other's results."""
+    from surgeon import api
+    from surgeon.errors import Where
+    from surgeon.recipe import mergekit_yaml, yaml
+
+    specs, remarks = mergekit_yaml.parse(yaml.read_text(Path(file)), file)
+    for remark in remarks:
+        out.warning(remark)
+    if remarks and common.get("strict"):
+        raise UsageError("E220", f"--strict: {remarks[0].message}", where=remarks[0].where or Where(file))
+    base_request = api.build_request(models=(), method="linear", **common)
+    if len(specs) > 1:
+        from surgeon.cli.multi import run_documents
+
+        return run_documents(out, specs, base_request, settings)
+    planned = api.plan_spec(specs[0], base_request, title=_title(settings.output))
+    return finish(out, planned, settings, bool(common.get("strict")))
+
+
+def finish(out: Output, planned: Any, settings: Settings, strict: bool) -> dict[str, Any]:
+    """Print what was planned, then run it or stop at the dry run."""
+    plan = planned.plan
+    destination = Path(settings.output) if settings.output else planned.default_output
+    for note in (*planned.notes, *plan.notes):
+        out.note(note)
+    for warning in plan.warnings:
+        out.warning(warning)
+    if strict and plan.warnings:
+        raise UsageError("E220", f"--strict: {plan.warnings[0]}")
+    check = planned.check(
+        destination, threads=settings.threads, memory_limit=settings.memory_limit,
+        overwrite=settings.overwrite or _repeatable(destination),
+    )  # fmt: skip
+    described = describe(plan, check)
+    summary(out, plan, described)
+    if settings.dry_run:
+        out.line("nothing was written.")
+        return {"status": "dry-run", "plan": described, "output": {"path": str(destination)}, "warnings": list(plan.warnings),
+                "notes": [*planned.notes, *plan.notes]}  # fmt: skip
+    bar = out.progress("merging")
+    with stop_on_signals(out) as (stop, _):
+        try:
+            outcome = planned.run(
+                destination, threads=check.threads, memory_limit=settings.memory_limit, overwrite=settings.overwrite,
+                resume=settings.resume, progress=bar, stop=stop,
+            )  # fmt: skip
+        finally:
+            bar.close()
+    return report(out, plan, described, outcome)
+
+
+def _repeatable(destination: Path) -> bool:
+    """An existing result may be this very plan's: then the run ends at once; execute() decides."""
+    manifest = (
+        destination / "surgeon.json"
+        if destination.suffix != ".safetensors"
+        else Path(f"{destination}.surgeon.json")
+    )
+    return manifest.exists()
+
+
+def describe(plan: Any, check: Any) -> dict[str, Any]:
+    """Return the plan's figures."""
+    copied = sum(
+        1 for item in plan.items if all(t.operation.copies or t.operation.name == "cast" for t in item.tasks)
+    )
+    outputs = [o for tensors in plan.outputs().values() for o in tensors]
+    dtypes: dict[str, int] = {}
+    for tensor in outputs:
+        dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + tensor.nbytes
+    return {
+        "id": plan.plan_id(), "method": plan.recipe["method"], "inputs": list(plan.inputs), "tensors": len(plan.items),
+        "merged": len(plan.items) - copied, "copied": copied, "outputs": [k for k in plan.models if k] or 1,
+        "bytes": sum(o.nbytes for o in outputs), "parameters": sum(o.elements for o in outputs), "dtype_bytes": dtypes,
+        "read_bytes": check.estimate.read_bytes, "passes": check.estimate.passes,
+        "memory_estimate_bytes": check.estimate.memory_bytes, "memory_limit_bytes": check.memory_limit,
+        "disk_bytes": check.estimate.disk_bytes, "disk_free_bytes": check.disk_free, "threads": check.threads,
+        "parameters_of_method": plan.recipe["parameters"],
+    }  # fmt: skip
+
+
+def summary(out: Output, plan: Any, described: dict[str, Any]) -> None:
+    if out.quiet:
+        return
+    shown = {k: v for k, v in described["parameters_of_method"].items() if not isinstance(v, (list, dict))}
+    own = [s.get("parameters", {}) for m in plan.recipe["modules"] for p in m["slices"] for s in p["sources"]]
+    for entry in own:
+        for key, value in entry.items():
+            shown.setdefault(key, value)
+    settings = "   ".join(
+        f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items() if k != "int8_mask"
+    )
+    several = f"{len(plan.models)} outputs" if len(plan.models) > 1 else "1"
+    out.line(
+        f"plan   {described['method'].replace('_', '-')}   {settings}   {len(plan.inputs)} models -> {several}"
+    )
+    out.line(f"  {described['tensors']} tensors   {described['merged']} merged   {described['copied']} copied   "
+             f"{number(described['parameters'])} parameters")  # fmt: skip
+    kinds = ", ".join(sorted(described["dtype_bytes"]))
+    out.line(
+        f"  output {size(described['bytes'])} {kinds}   free disk {size(described['disk_free_bytes'])}   "
+        f"peak memory about {size(described['memory_estimate_bytes'])} (limit {size(described['memory_limit_bytes'])})"
+    )
+
+
+def report(out: Output, plan: Any, described: dict[str, Any], outcome: Any) -> dict[str, Any]:
+    """Print the result and return the JSON document's body."""
+    from surgeon.system import peak_memory
+
+    peak = peak_memory()
+    update = effective_update(outcome.summaries)
+    if outcome.unchanged:
+        out.line(f"unchanged {outcome.path}: it already holds this result, verified")
+    else:
+        bodies = list(outcome.manifests.values())
+        files = sum(len(b["files"]) for b in bodies)
+        tensors = sum(b["output"]["tensors"] for b in bodies)
+        out.line(f"verified  {tensors} tensors, {files} files, sha256 recorded in surgeon.json")
+        resumed = (
+            f"   {outcome.resumed_items} tensors from the interrupted run" if outcome.resumed_items else ""
+        )
+        out.line(
+            f"merged    {size(described['bytes'])} in {outcome.seconds:.1f} s   peak memory {size(peak or 0)}{resumed}"
+        )
+        if update:
+            out.line(update["text"])
+            for text in update["warnings"]:
+                out.warning(text)
+    for key, path in outcome.models.items():
+        out.line(f"wrote     {path}")
+        del key
+    if not out.quiet and not outcome.unchanged:
+        out.log(f"A merged model must be evaluated before use; check it first: surgeon verify {outcome.path} --generate"
+                if outcome.path.is_dir() else
+                f"A merged model must be evaluated before use; compare it first: surgeon diff {outcome.path} MODEL --values")  # fmt: skip
+    digests = {
+        name: d
+        for b in outcome.manifests.values()
+        for name, d in b["files"].items()
+        if name.endswith(".safetensors")
+    }
+    return {
+        "status": "ok",
+        "output": {
+            "path": str(outcome.path), "models": {k: str(p) for k, p in outcome.models.items()}, "bytes": described["bytes"],
+            "parameters": described["parameters"], "dtype_bytes": described["dtype_bytes"],
+            "shards": len(digests), "sha256": digests, "unchanged": outcome.unchanged,
+        },
+        "plan": described,
+        "metrics": {"effective_update": {k: v for k, v in update.items() if k != "text"}} if update else {},
+        "gates": [],
+        "peak_memory_bytes": peak,
+        "seconds": round(outcome.seconds, 3),
+        "timing": {k: round(v, 3) for k, v in vars(outcome.timing).items()},
+        "warnings": list(plan.warnings),
+        "notes": list(plan.notes),
+    }  # fmt: skip
+
+
+def effective_update(summaries: dict[str, Any]) -> dict[str, Any] | None:
+    """Sum up what an update-selective merge really changed (dler's report)."""
+    rows = [s for tensors in summaries.values() for s in tensors.values() if "kept_energy" in s]
+    if not rows:
+        return None
+    total = {
+        k: sum(float(r[k]) for r in rows)
+        for k in ("elements", "changed", "kept", "energy", "kept_energy", "kept_l1", "moved_l1")
+    }
+    changed, kept = total["changed"] / total["elements"], total["kept"] / total["elements"]
+    energy = total["kept_energy"] / total["energy"] if total["energy"] else 1.0
+    scale = total["moved_l1"] / total["kept_l1"] if total["kept_l1"] else 0.0
+    asked = next((float(r["scale"]) for r in rows if "scale" in r), None)
+    warnings = []
+    if kept >= changed > 0:
+        warnings.append(f"keep has no effect: only {changed:.1%} of the entries differ, all of them are kept")
+    if asked and abs(scale - asked) > 0.1 * abs(asked):
+        warnings.append(f"the effective scale is {scale:.2f}, not {asked:g}: the updates are about as small as the output "
+                        "type's resolution; --dtype float32 keeps them exactly")  # fmt: skip
+    return {
+        "changed": changed, "kept": kept, "energy_kept": energy, "effective_scale": scale, "warnings": warnings,
+        "text": f"update    {changed:.1%} of entries differ   {kept:.1%} kept with {energy:.1%} of the energy   "
+        f"effective scale {scale:.3f}",
+    }  # fmt: skip
