@@ -129,7 +129,7 @@ def run(
         Interrupted: ``stop`` was set; the journal holds what is finished.
     """
     begin = time.perf_counter()
-    done = _claim_finished(plan, writers, records)
+    done, summaries = _claim_finished(plan, writers, records)
     headers: list[Header] = []
     for checkpoint in plan.inputs.values():
         headers.extend(h for h in checkpoint.headers if h not in headers)
@@ -138,8 +138,9 @@ def run(
     total = sum(_item_bytes(plan, item) for _, item in pending)
     with ThreadPoolExecutor(threads, thread_name_prefix="block") as pool:
         state = _State(
-            plan, writers, journal, digester, pool, threads, stop or threading.Event(), progress, total
-        )
+            plan, writers, journal, digester, pool, threads, stop or threading.Event(), progress, total,
+            summaries=summaries,
+        )  # fmt: skip
         background = _Background(writers, state)
         try:
             _run_items(state, pending)
@@ -171,9 +172,16 @@ def _item_bytes(plan: Plan, item: WorkItem) -> int:
     return max(1, sum(plan.inputs[r.model].tensors[r.name].nbytes for r in item.inputs))
 
 
-def _claim_finished(plan: Plan, writers: dict[str, ModelWriter], records: list[dict[str, Any]]) -> set[int]:
-    """Return the items whose bytes are on disk as the journal says, and claim them at the writers."""
+def _claim_finished(
+    plan: Plan, writers: dict[str, ModelWriter], records: list[dict[str, Any]]
+) -> tuple[set[int], dict[str, dict[str, Any]]]:
+    """Return the items whose bytes are on disk as the journal says, and what was measured on them.
+
+    Their stretches are claimed at the writers.
+    """
     done: set[int] = set()
+    summaries: dict[str, dict[str, Any]] = {}
+    lock = threading.Lock()
     for record in records:
         number = record.get("item")
         if not isinstance(number, int) or not 0 <= number < len(plan.items):
@@ -183,7 +191,8 @@ def _claim_finished(plan: Plan, writers: dict[str, ModelWriter], records: list[d
             for model, name, offset, size, crc in claims:
                 writers[model].claim(name, offset, size, crc)
             done.add(number)
-    return done
+            _keep_summaries(summaries, plan.items[number], record["summaries"], lock)
+    return done, summaries
 
 
 class _Background:
@@ -342,17 +351,11 @@ def _run_group(state: _State, unit: list[tuple[int, WorkItem]], inline: bool = F
                 carried[t] = task.operation.finish(step, merged[t], carried[t], elements)
         checked = True
     for position, (number, item) in enumerate(unit):
-        measured = _map_item(state, number, item, ranges[position], position, carried, inline, check=not checked)
-        for t, task in enumerate(item.tasks):
-            summary = task.operation.summary(carried[t], measured[t])
-            if summary:
-                output = task.outputs[0]
-                with state.lock:
-                    state.summaries.setdefault(output.model, {})[output.name] = summary
+        _map_item(state, number, item, ranges[position], position, carried, inline, check=not checked)
 
 
-def _map_item(state, number, item, ranges, position, carried, inline, check) -> list[Any]:
-    """Map all blocks of one item, journal it, and return what each task measured."""
+def _map_item(state, number, item, ranges, position, carried, inline, check) -> None:
+    """Map all blocks of one item and journal it with what its tasks measured."""
     sums: list[Any] = [None] * len(item.tasks)
     jobs = ((position, ordinal, start, stop) for ordinal, (start, stop) in enumerate(ranges))
     claims: list[list[Any]] = []
@@ -384,8 +387,18 @@ def _map_item(state, number, item, ranges, position, carried, inline, check) -> 
         for t, part in enumerate(parts):
             if part is not None:
                 sums[t] = part if sums[t] is None else sums[t] + part
-    state.journal.append({"item": number, "blocks": claims})
-    return sums
+    summaries = [task.operation.summary(carried[t], sums[t]) for t, task in enumerate(item.tasks)]
+    _keep_summaries(state.summaries, item, summaries, state.lock)
+    # The summaries belong to the record: a resumed run must write the same manifest.
+    state.journal.append({"item": number, "blocks": claims, "summaries": summaries})
+
+
+def _keep_summaries(found: dict[str, dict[str, Any]], item: WorkItem, summaries: list[Any], lock) -> None:
+    for task, summary in zip(item.tasks, summaries, strict=True):
+        if summary:
+            output = task.outputs[0]
+            with lock:
+                found.setdefault(output.model, {})[output.name] = summary
 
 
 def _ordered(state: _State, work: Callable, jobs: Iterator, inline: bool) -> Iterator[Any]:

@@ -128,7 +128,7 @@ def merge(
                 raise UsageError("E208", f"{', '.join(named)} cannot be combined with a YAML file",
                                  help="set it in the YAML, or name the models on the command line")  # fmt: skip
             return run_yaml(out, models[0], common, settings)
-        if len(models) < 2 and base is None:
+        if len(models) < 2 and base is None and method != "passthrough":
             raise UsageError("E205", f"a merge needs at least two models, {len(models)} given",
                              help="surgeon merge LONG SHORT --method ties -o OUT, or surgeon merge CONFIG.yml -o OUT")  # fmt: skip
         request = api.build_request(models=tuple(models), **given, **common)

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from surgeon.kernels import cast
+from surgeon.merge.task_vectors import added
 from surgeon.plan import Block, Operation
 
 COLLINEAR = 1e-12
@@ -91,7 +92,10 @@ class Combination(Operation):
 
     @property
     def scratch(self) -> int:  # type: ignore[override]
-        return 16 + (0 if isinstance(self.solver, Fixed) else 8 * len(self.inputs))
+        if isinstance(self.solver, Fixed):
+            return 16
+        coefficients = 0 if self.vectors == "tensor" else 8 + 8 * len(self.inputs)
+        return 16 + 8 * len(self.inputs) + coefficients
 
     def reduces(self) -> int:
         return int(self.vectors != "row" and not isinstance(self.solver, Fixed))
@@ -175,7 +179,7 @@ class Combination(Operation):
         for vector, c in zip(self._vectors(block), coefficients, strict=True):
             total += vector * (wide(c) if np.ndim(c) == 0 else c.astype(wide))
         if self.base is not None:
-            total += block.value(self.base, self.work)
+            total = added(block.value(self.base, self.work), total)
         return cast.round_to(total, self.work)
 
     def summary(self, carried: Solution | None, measured: np.ndarray | None) -> dict[str, Any] | None:

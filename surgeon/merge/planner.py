@@ -501,11 +501,14 @@ class _Builder:
 
     def _copy(self, name: str, donor: ModelRef, info: TensorInfo) -> WorkItem:
         code = self._out_code([info], info)
-        computed = getattr(self.opened[donor], "computed", None)
-        plain = code == info.dtype and not (computed is not None and computed(info.name))
-        operation = Copy() if plain else Cast("F64" if info.dtype == "F64" else "F32")
+        operation = Copy() if self._is_plain_copy(donor, info, code) else Cast("F64" if info.dtype == "F64" else "F32")
         self.counts["copied"] += 1
         return self._tasks(name, code, info, [donor], {donor: info.name}, lambda point: operation)
+
+    def _is_plain_copy(self, ref: ModelRef, info: TensorInfo, code: str) -> bool:
+        """Say whether stored bytes can be passed on: same type, and no view computes them."""
+        computed = getattr(self.opened[ref], "computed", None)
+        return code == info.dtype and not (computed is not None and computed(info.name))
 
     def _partial(self, name, origin, infos, absent, donor) -> WorkItem | None:
         """A tensor that some models lack: copied where that is defined, else refused."""
@@ -580,11 +583,14 @@ class _Builder:
                 shared=values, each=tuple(per_model), work=work,
                 ordinals=tuple(self.ordinals[r] for r in refs), input_names=tuple(infos[r].name for r in refs),
                 seed=self.options.seed, native=self.spec.precision == "float32",
+                stored=code,
             )  # fmt: skip
             bound = self.method.bind(binding)
+            if isinstance(bound, Copy) and not self._is_plain_copy(refs[0], infos[refs[0]], code):
+                bound = Cast(work)
             if len(self.bound) < 4096:
                 self.bound.append((name, bound))
-            if self.method.group_by:
+            if self.method.group_by and dense is None:  # a dense tensor has no threshold to share
                 groups.add(str(values.get(self.method.group_by, "tensor")))
             return bound
 

@@ -168,11 +168,12 @@ class TaskVectors(Operation):
         return found[0], found[1] if len(found) > 1 else None
 
     def _scale(self, before: float, after: float) -> float:
-        if self.work in {"BF16", "F16"} and np.isfinite(before):
-            # A 16-bit torch sum is rounded to 16 bits before the division.
-            before, after = (
-                float(cast.round_to(np.array([v], np.float32), self.work)[0]) for v in (before, after)
-            )
+        if self.work in {"BF16", "F16"}:
+            # A 16-bit torch sum is rounded to 16 bits before the division. Where it overflows (float16
+            # ends at 65504) the float sums stay: inf / inf would fill the tensor with NaN.
+            rounded = cast.round_to(np.array([before, after], np.float32), self.work)
+            if np.isfinite(rounded).all():
+                before, after = float(rounded[0]), float(rounded[1])
         if before < TINY_L1 or after < TINY_L1:
             return 1.0
         return before / after

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).parent))
-import task  # noqa: E402
+import task
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,7 @@ def wilson(hits: int, total: int, z: float = 1.959964) -> tuple[float, float]:
 
 def load(folder: str | Path, dtype: torch.dtype = torch.float32):
     """Model and tokenizer of a folder; any key that does not fit is an error."""
-    model, info = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, output_loading_info=True
-    )
+    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     problems = {kind: keys for kind, keys in info.items() if keys}
     if problems:
         raise ValueError(f"{folder} does not load cleanly: {problems}")
@@ -56,9 +54,7 @@ def load(folder: str | Path, dtype: torch.dtype = torch.float32):
 
 
 @torch.inference_mode()
-def generate(
-    model, tokenizer, prompts: list[str], cap: int, batch_size: int
-) -> list[tuple[str, int, bool]]:
+def generate(model, tokenizer, prompts: list[str], cap: int, batch_size: int) -> list[tuple[str, int, bool]]:
     """Greedy replies as (text, generated tokens, whether the cap was hit)."""
     replies = []
     for start in range(0, len(prompts), batch_size):
@@ -97,7 +93,7 @@ def evaluate(
     chosen = list(itertools.islice(task.questions("test", seed, terms), questions))
     prompts = [task.prompt(tokenizer, question) for question in chosen]
     replies = generate(model, tokenizer, prompts, cap, batch_size)
-    hits = sum(q.is_solved_by(text) for q, (text, _, _) in zip(chosen, replies))
+    hits = sum(q.is_solved_by(text) for q, (text, _, _) in zip(chosen, replies, strict=True))
     lengths = [length for _, length, _ in replies]
     low, high = wilson(hits, questions)
     return Report(
@@ -133,9 +129,7 @@ def main() -> None:
     if not arguments.json:
         print(f"{'accuracy':>8}  {'95 % interval':>15}  {'mean':>6}  {'median':>6}  {'capped':>6}  model")
     for folder in arguments.models:
-        report = evaluate(
-            folder, arguments.questions, arguments.seed, tuple(arguments.terms), arguments.cap
-        )
+        report = evaluate(folder, arguments.questions, arguments.seed, tuple(arguments.terms), arguments.cap)
         reports.append(asdict(report))
         if not arguments.json:
             interval = f"{report.low:.3f} - {report.high:.3f}"

@@ -21,7 +21,6 @@ import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 STYLES = {"base": 0.0, "long": 5.0, "short": -5.0}
 """Log-odds added to the demand of every optional extra."""
@@ -88,7 +87,7 @@ def questions(split: str, seed: int, terms: tuple[int, int] = TERMS) -> Iterator
 def columns(left: int, right: int) -> tuple[str, int]:
     """Column-by-column working of ``left + right`` and its number of carries."""
     parts, carry, carries = [], 0, 0
-    for low, high in zip(str(right)[::-1].ljust(len(str(left)), " "), str(left)[::-1]):
+    for low, high in zip(str(right)[::-1].ljust(len(str(left)), " "), str(left)[::-1], strict=True):
         digits = [high] + [low] * (low != " ") + ["1"] * carry
         value = sum(map(int, digits))
         parts.append(f"{'+'.join(digits)}={value}")

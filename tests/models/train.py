@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import random
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import torch
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 from transformers.utils import logging
 
+sys.path.insert(0, str(Path(__file__).parent))
 import task
 
 HERE = Path(__file__).parent
@@ -70,7 +72,7 @@ def batches(
         chosen = list(itertools.islice(stream, pool))
         asks = tokenizer([task.prompt(tokenizer, q) for q in chosen]).input_ids
         replies = tokenizer([task.solve(q, style, rng) for q in chosen]).input_ids
-        rows = [(ask, reply + [tokenizer.eos_token_id]) for ask, reply in zip(asks, replies)]
+        rows = [(ask, [*reply, tokenizer.eos_token_id]) for ask, reply in zip(asks, replies, strict=True)]
         rows.sort(key=lambda row: len(row[0]) + len(row[1]))
         groups, group = [], []
         for row in rows:
@@ -97,18 +99,16 @@ def build_optimizer(model: Qwen2ForCausalLM, fresh: bool, rate: float) -> list:
     rest = [p for p in model.parameters() if id(p) not in chosen]
     optimizers = [torch.optim.AdamW(rest, rate, betas=(0.9, 0.98), weight_decay=0.0)]
     if hidden:
-        optimizers.append(
-            torch.optim.Muon(hidden, rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
-        )
+        optimizers.append(torch.optim.Muon(hidden, rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
     return optimizers
 
 
 def fit(model: Qwen2ForCausalLM, tokenizer, style: float, stage: Stage, log=None) -> None:
     """Train in place until the token budget is used up, with a linear decay."""
     optimizers = build_optimizer(model, stage.start is None, stage.rate)
-    seen, step, started = 0, 0, time.time()
-    for ids, labels in batches(tokenizer, style, stage.seed):
-        scale = min(1.0, (step + 1) / 50) * max(0.02, 1 - seen / stage.tokens)
+    seen, started = 0, time.time()
+    for step, (ids, labels) in enumerate(batches(tokenizer, style, stage.seed), 1):
+        scale = min(1.0, step / 50) * max(0.02, 1 - seen / stage.tokens)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = stage.rate * scale
@@ -123,7 +123,6 @@ def fit(model: Qwen2ForCausalLM, tokenizer, style: float, stage: Stage, log=None
             optimizer.step()
             optimizer.zero_grad()
         seen += ids.numel()
-        step += 1
         if log and step % 20 == 0:
             log(f"step {step} tokens {seen} loss {loss.item():.4f} {time.time() - started:.0f}s")
         if seen >= stage.tokens:
