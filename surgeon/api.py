@@ -85,7 +85,9 @@ def _plan(spec: MergeSpec, request: MergeRequest, resolved: Resolved, title: str
         max_shard_bytes=request.max_shard_size, allow_nonfinite=request.allow_nonfinite, quirks=request.mergekit_quirks,
         strict=request.strict,
     )  # fmt: skip
-    opening = Opening(request.offline, request.weights, request.config, request.ignore_unlisted)
+    opening = Opening(
+        request.offline, request.weights, request.config, request.ignore_unlisted, request.allow_pickle
+    )
     texts = Texts(
         tokenizer=parse_model_ref(request.tokenizer) if request.tokenizer else None,
         chat_template=request.chat_template, title=title, license=request.license,

@@ -142,6 +142,7 @@ def execute(
         plan_id = plan.plan_id()
         same = _finished(destination, plan_id, is_file, plan)
         if same is not None:
+            stage.clear_leftovers(destination, disk)
             return Outcome(
                 destination, _paths(plan, destination, is_file), same, engine.Timing(), unchanged=True
             )
@@ -195,7 +196,7 @@ def _paths(plan: Plan, destination: Path, is_file: bool) -> dict[str, Path]:
 
 def _resumable(destination: Path) -> bool:
     """A half-moved publication onto a mount point may be continued without --overwrite."""
-    return destination.is_dir() and any(p.name.startswith(".surgeon-") for p in destination.iterdir())
+    return destination.is_dir() and any(p.name.startswith(stage.HIDDEN) for p in destination.iterdir())
 
 
 def _finished(destination: Path, plan_id: str, is_file: bool, plan: Plan) -> dict[str, dict[str, Any]] | None:
@@ -230,13 +231,20 @@ def _build(plan, staging: stage.Staging, threads, progress, stop, is_file):
         key: lay_out(tensors, plan.max_shard_bytes, staging.destination.name if is_file else None)
         for key, tensors in plan.outputs().items()
     }
-    verified = next((r["verified"] for r in staging.records if "verified" in r), None)
-    if verified is not None and _still_staged(staging, verified, is_file):
+    verified = next((r["verified"] for r in reversed(staging.records) if "verified" in r), None)
+    if verified is not None and _still_staged(staging, verified):
         return None, {key: json.loads(text) for key, text in verified["manifests"].items()}
     folders = {key: staging.model / key if key else staging.model for key in plan.models}
-    for folder in folders.values():
+    for leftover in (staging.filling, staging.moving):
+        if not is_file and leftover.exists():  # a publication that was damaged half-way begins anew
+            disk.remove_tree(leftover)
+    for folder in (staging.model, *folders.values()):
         if not folder.exists():
             disk.make_folder(folder)
+    shards = {folders[key] / shard.name for key, layout in layouts.items() for shard in layout.shards}
+    for path in sorted(staging.model.rglob("*")):
+        if path not in shards and not path.is_dir():
+            disk.remove(path)  # companions are written anew; an exchange may have left an older model here
     writers: dict[str, ModelWriter] = {}
     try:
         for key, layout in layouts.items():
@@ -273,16 +281,13 @@ def _build(plan, staging: stage.Staging, threads, progress, stop, is_file):
     return result, manifests
 
 
-def _still_staged(staging: stage.Staging, verified: dict[str, Any], is_file: bool) -> bool:
+def _still_staged(staging: stage.Staging, verified: dict[str, Any]) -> bool:
+    """Say whether every file of the verified result is still there, byte for byte."""
     for key, files in verified["files"].items():
-        for name in files:
-            path = (staging.model / key if key else staging.model) / name
-            if path.exists():
-                continue
-            moved = staging.destination.parent / name
-            if is_file and moved.exists() and _digest_of(moved) == files[name]:
-                continue
-            return False
+        for name, digest in files.items():
+            places = staging.places(f"{key}/{name}" if key else name)
+            if not any(path.is_file() and _digest_of(path) == digest for path in places):
+                return False
     return True
 
 
@@ -362,9 +367,7 @@ def _disk_fault(error: OSError, destination: Path, kept: Path | None = None) -> 
         errno.ENOENT: "the folder vanished",
         errno.ENAMETOOLONG: "the name is too long",
     }
-    reason = reasons.get(error.errno or 0)
-    if reason is None:
-        return error
+    reason = reasons.get(error.errno or 0) or (error.strerror or str(error)).lower()
     code = "E502" if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT} else "E505"
     help_text = "choose another -o"
     if kept is not None and kept.exists():

@@ -42,6 +42,19 @@ def memory_budget() -> int:
     return min(limits)
 
 
+def open_file_budget() -> int:
+    """Return how many files each of readers, writers and digests may hold open at once (fault H5)."""
+    try:
+        import resource
+
+        allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    except ImportError:  # Windows: 512 by default
+        allowed = 512
+    if allowed < 0:
+        allowed = 1 << 16
+    return max(4, min(48, (allowed - 32) // 4))
+
+
 def peak_memory() -> int | None:
     """Return this process's peak resident memory in bytes (VmHWM), None where unknown."""
     try:

@@ -27,9 +27,9 @@ from surgeon.checkpoint.header import (
 )
 from surgeon.checkpoint.index import Weights, read_folder
 from surgeon.checkpoint.strict_json import read_json_object
-from surgeon.errors import InputError, UsageError, Where
+from surgeon.errors import EnvironmentFault, InputError, UsageError, Where
+from surgeon.system import open_file_budget
 
-MAX_OPEN_FILES = 48
 CONFIG_NAME = "config.json"
 
 
@@ -48,8 +48,10 @@ class Checkpoint(Protocol):
     label: str
     folder: Path | None
     config: dict[str, Any] | None
-    tensors: Mapping[str, TensorInfo]
     headers: tuple[Header, ...]
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]: ...
 
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
         """Return elements [start, stop) of the flattened tensor, 1-D.
@@ -68,12 +70,12 @@ class Checkpoint(Protocol):
 
 
 class OpenFiles:
-    """A bounded set of read descriptors shared by threads (fault H5)."""
+    """A bounded set of read descriptors shared by all checkpoints and threads (fault H5)."""
 
-    def __init__(self, limit: int = MAX_OPEN_FILES) -> None:
+    def __init__(self, limit: int | None = None) -> None:
         self._limit = limit
         self._lock = threading.Lock()
-        self._open: OrderedDict[Path, list] = OrderedDict()  # path -> [descriptor, users]
+        self._open: OrderedDict[tuple[Path, FileStamp], list] = OrderedDict()  # -> [descriptor, users]
 
     def read_into(self, header: Header, buffer: memoryview, offset: int) -> None:
         """Fill ``buffer`` from ``offset``; raise E303 when the file has become shorter."""
@@ -90,37 +92,54 @@ class OpenFiles:
                         help="something is rewriting the model; run again when it is complete",
                     )
                 done += count
+        except OSError as error:
+            raise EnvironmentFault(
+                "E506", f"reading {printable(header.file.name)} failed: {error.strerror}", where=Where(str(header.file)),
+                help="the disk or network share is faulty, or was disconnected",
+            ) from error  # fmt: skip
         finally:
             with self._lock:
                 entry[1] -= 1
 
     def _acquire(self, header: Header) -> list:
+        key = (header.file, header.stamp)
         with self._lock:
-            entry = self._open.get(header.file)
+            entry = self._open.get(key)
             if entry is None:
                 self._evict()
-                descriptor = open_regular(header.file)
+                try:
+                    descriptor = open_regular(header.file)
+                except InputError as error:  # it was there when the run was planned
+                    raise changed(header) from error
                 if stamp_of(descriptor) != header.stamp:
                     os.close(descriptor)
                     raise changed(header)
-                entry = self._open[header.file] = [descriptor, 0]
-            self._open.move_to_end(header.file)
+                entry = self._open[key] = [descriptor, 0]
+            self._open.move_to_end(key)
             entry[1] += 1
             return entry
 
     def _evict(self) -> None:
-        for path, (descriptor, users) in list(self._open.items()):
-            if len(self._open) < self._limit:
+        limit = self._limit or open_file_budget()
+        for key, (descriptor, users) in list(self._open.items()):
+            if len(self._open) < limit:
                 return
             if users == 0:
                 os.close(descriptor)
-                del self._open[path]
+                del self._open[key]
 
-    def close(self) -> None:
+    def close(self, headers: tuple[Header, ...]) -> None:
+        """Close these files, but not those another thread is reading."""
         with self._lock:
-            for descriptor, _ in self._open.values():
-                os.close(descriptor)
-            self._open.clear()
+            for header in headers:
+                entry = self._open.get((header.file, header.stamp))
+                if entry is not None and entry[1] == 0:
+                    os.close(entry[0])
+                    del self._open[(header.file, header.stamp)]
+
+
+FILES = OpenFiles()
+"""Every checkpoint of this process reads through the same bounded set."""
 
 
 def changed(header: Header) -> InputError:
@@ -145,7 +164,7 @@ class StoredCheckpoint:
         self.headers = weights.headers
         self.notes = weights.notes
         self.index_file = weights.index_file
-        self._files = OpenFiles()
+        self._files = FILES
         self._by_path = {h.file: h for h in weights.headers}
 
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
@@ -176,7 +195,7 @@ class StoredCheckpoint:
         return 1
 
     def close(self) -> None:
-        self._files.close()
+        self._files.close(self.headers)
 
 
 def recheck(headers: tuple[Header, ...]) -> None:
@@ -198,6 +217,7 @@ def open_path(
     weights: str = "auto",
     ignore_unlisted: bool = False,
     repo: str | None = None,
+    allow_pickle: bool = False,
 ) -> StoredCheckpoint:
     """Open a local model folder or one .safetensors file.
 
@@ -206,11 +226,16 @@ def open_path(
         label: name for messages; defaults to the path.
         config_file: a config.json for a bare file (``--config``).
         weights: see `surgeon.checkpoint.index.read_folder`.
+        allow_pickle: read pickle files, through torch's weights-only loader, when there is nothing else.
 
     Raises:
         InputError: anything that is not a complete, well-formed checkpoint.
     """
     label = label or str(path)
+    if allow_pickle:
+        pickled = _open_pickled(path, label, config_file)
+        if pickled is not None:
+            return pickled
     if path.is_dir():
         found = read_folder(path, weights=weights, ignore_unlisted=ignore_unlisted, repo=repo)
         config_path = config_file or path / CONFIG_NAME
@@ -239,6 +264,20 @@ def open_path(
     header = read_header(path)
     config = read_json_object(config_file) if config_file else None
     return StoredCheckpoint(label, None, config, Weights((header,), header.tensors, None, ()))
+
+
+def _open_pickled(path: Path, label: str, config_file: Path | None) -> Any:
+    """Return a view of pickle files where a model has nothing else, or None."""
+    from surgeon.checkpoint.pickled import PickledCheckpoint, pickle_files
+
+    if path.is_dir():
+        files = [] if any(p.suffix == ".safetensors" for p in path.iterdir()) else pickle_files(path)
+        config_path = config_file or path / CONFIG_NAME
+        config = read_json_object(config_path) if files and config_path.exists() else None
+        return PickledCheckpoint(label, path, config, files) if files else None
+    if path.suffix in {".bin", ".pt", ".pth", ".ckpt"}:
+        return PickledCheckpoint(label, None, read_json_object(config_file) if config_file else None, [path])
+    return None
 
 
 def known_tensor(checkpoint: Checkpoint, name: str) -> TensorInfo:

@@ -17,6 +17,7 @@ import threading
 from pathlib import Path
 
 from surgeon.checkpoint.header import Header, open_regular
+from surgeon.system import open_file_budget
 
 CHUNK = 4 << 20
 CACHE_ENTRIES = 5_000
@@ -124,7 +125,7 @@ class InputDigester:
                     return
                 path, end = job
                 if path not in descriptors:
-                    if len(descriptors) > 16:
+                    if len(descriptors) >= min(16, open_file_budget()):
                         os.close(descriptors.pop(next(iter(descriptors))))
                     descriptors[path] = open_regular(path)
                 position = self._position[path]

@@ -145,7 +145,7 @@ def _no_weights(folder: Path) -> InputError:
     )
 
 
-def _plain_file_name(value: object) -> bool:
+def plain_file_name(value: object) -> bool:
     return (
         isinstance(value, str)
         and bool(value)
@@ -167,7 +167,7 @@ def _from_index(
     weight_map = content.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError("E309", f"{index.name} has no weight_map", where=Where(str(index)))
-    bad = sorted({repr(v) for v in weight_map.values() if not _plain_file_name(v)})
+    bad = sorted({repr(v) for v in weight_map.values() if not plain_file_name(v)})
     if bad:
         raise InputError(
             "E309",

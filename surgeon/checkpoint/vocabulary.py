@@ -94,7 +94,8 @@ def read_vocabulary(folder: Path) -> Vocabulary:
     if (folder / "tokenizer.json").exists():
         kind, tokens, added, rules, notices = _from_tokenizer_json(folder / "tokenizer.json")
     else:
-        kind, tokens, rules, notices, added = *_from_other_files(folder, config), {}
+        kind, tokens, rules, notices = _from_other_files(folder, config)
+        added = {}
     _add_declared(tokens, added, config, read_optional_object(folder / "added_tokens.json") or {})
     named = {}
     for source in (mapped, config):

@@ -31,8 +31,9 @@ def main(arguments: list[str] | None = None) -> None:
 
         sys.stdout.write(f"surgeon {__version__}\n")
         sys.exit(0)
-    if name not in COMMANDS or given[0] != name:
+    if name is None or name not in COMMANDS or given[0] != name:
         unknown(given[0])
+        return
     sys.exit(run(name, given[1:]))
 
 

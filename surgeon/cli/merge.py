@@ -86,6 +86,10 @@ def merge(
     allow_nonfinite: Annotated[
         bool, typer.Option("--allow-nonfinite", help="Copy NaN and Inf where a tensor is only copied.")
     ] = False,
+    allow_pickle: Annotated[
+        bool,
+        typer.Option("--allow-pickle", help="Read pickle checkpoints through torch's weights-only loader."),
+    ] = False,
     mergekit_quirks: Annotated[
         bool, typer.Option("--mergekit-quirks", help="Reproduce mergekit's oddities that affect numbers.")
     ] = False,
@@ -117,7 +121,7 @@ def merge(
         common = {
             "max_shard_size": o.byte_size(max_shard_size, "--max-shard-size"), "seed": seed, "weights": weights,
             "ignore_unlisted": ignore_unlisted, "allow_nonfinite": allow_nonfinite, "mergekit_quirks": mergekit_quirks,
-            "strict": strict, "offline": offline, "chat_template": chat_template,
+            "strict": strict, "offline": offline, "chat_template": chat_template, "allow_pickle": allow_pickle,
         }  # fmt: skip
         settings = Settings(
             output, overwrite, resume, dry_run, threads, o.byte_size(memory_limit, "--memory-limit")
@@ -254,6 +258,9 @@ def summary(out: Output, plan: Any, described: dict[str, Any]) -> None:
     for entry in own:
         for key, value in entry.items():
             shown.setdefault(key, value)
+    for axis in sorted({name for point in plan.recipe.get("sweep", {}).values() for name in point}):
+        values = dict.fromkeys(point[axis] for point in plan.recipe["sweep"].values())
+        shown[axis] = ", ".join(f"{v:g}" for v in values)
     settings = "   ".join(
         f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items() if k != "int8_mask"
     )
@@ -276,7 +283,9 @@ def report(out: Output, plan: Any, described: dict[str, Any], outcome: Any) -> d
 
     peak = peak_memory()
     update = effective_update(outcome.summaries)
-    if outcome.unchanged:
+    if out.quiet:
+        pass
+    elif outcome.unchanged:
         out.line(f"unchanged {outcome.path}: it already holds this result, verified")
     else:
         bodies = list(outcome.manifests.values())
@@ -293,9 +302,8 @@ def report(out: Output, plan: Any, described: dict[str, Any], outcome: Any) -> d
             out.line(update["text"])
             for text in update["warnings"]:
                 out.warning(text)
-    for key, path in outcome.models.items():
+    for path in outcome.models.values():
         out.line(f"wrote     {path}")
-        del key
     if not out.quiet and not outcome.unchanged:
         out.log(f"A merged model must be evaluated before use; check it first: surgeon verify {outcome.path} --generate"
                 if outcome.path.is_dir() else

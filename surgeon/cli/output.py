@@ -115,12 +115,12 @@ class Output:
         try:
             stream.write(text)
             stream.flush()
+        except UnicodeEncodeError:
+            stream.write(text.encode("ascii", "backslashreplace").decode())
         except (BrokenPipeError, ValueError):
             # The reader went away; the work goes on. Keep the interpreter's own flush at exit quiet, too.
             with contextlib.suppress(OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        except UnicodeEncodeError:
-            stream.write(text.encode("ascii", "backslashreplace").decode())
 
     def progress(self, title: str) -> Progress:
         return Progress(self, title)

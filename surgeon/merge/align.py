@@ -7,21 +7,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from surgeon.architectures import conformance
 from surgeon.architectures import get as architecture_of
+from surgeon.architectures.traits import embedding_name, head_name, is_tied, quantized, text_section
 from surgeon.checkpoint.checkpoint import Checkpoint
-from surgeon.checkpoint.dtypes import DTYPES
 from surgeon.checkpoint.header import printable
 from surgeon.errors import InputError, SurgeonError, Where
 
-_SCALES = re.compile(
-    r"(\.|_)(weight_scale|weight_scale_inv|input_scale|weight_packed|qweight|qzeros|g_idx|absmax|quant_map|SCB|"
-    r"scale_inv|weight_zero_point|weight_shape|quant_state\..*)$"
-)
 _MUST_AGREE = ("rope", "head_dim", "sliding_window", "partial_rotary_factor")
 """Positions and heads mean something else where these differ: no weight average can be right."""
 
@@ -43,14 +39,6 @@ class Findings:
     errors: list[SurgeonError] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-
-
-def text_section(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the part of a config that describes the language model."""
-    for key in ("text_config", "llm_config", "language_config"):
-        if isinstance(config.get(key), dict):
-            return config[key]
-    return config
 
 
 def check_inputs(checkpoints: Mapping[str, Checkpoint], findings: Findings, *, arithmetic: bool) -> None:
@@ -77,22 +65,6 @@ def check_inputs(checkpoints: Mapping[str, Checkpoint], findings: Findings, *, a
                     InputError("E311", f"{checkpoint.label} is quantized ({problem}); merging needs plain weights",
                                help="use the checkpoint it was quantized from, or dequantize it first")
                 )  # fmt: skip
-
-
-def quantized(checkpoint: Checkpoint) -> str | None:
-    """Say how a checkpoint is quantized, or None; by config, by stored types, by companion names."""
-    config = checkpoint.config or {}
-    for section in (config, text_section(config)):
-        entry = section.get("quantization_config") or section.get("compression_config")
-        if isinstance(entry, dict):
-            return printable(str(entry.get("quant_method", "quantization_config in config.json")))
-    coded = [n for n, t in checkpoint.tensors.items() if DTYPES[t.dtype].family == "coded"]
-    if coded:
-        return f"{checkpoint.tensors[coded[0]].dtype} values in {printable(coded[0])}"
-    scales = [n for n in checkpoint.tensors if _SCALES.search(n)]
-    if scales:
-        return f"companion {printable(scales[0])}"
-    return None
 
 
 def compare_configs(
@@ -188,41 +160,10 @@ def _positions(config: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def is_tied(checkpoint: Checkpoint) -> bool | None:
-    """Say whether a checkpoint ties its output head to its embedding; None when it cannot be known."""
-    config = checkpoint.config
-    if config is None:
-        return None
-    flag = config.get("tie_word_embeddings", text_section(config).get("tie_word_embeddings"))
-    if isinstance(flag, bool):
-        return flag
-    record = architecture_of(config.get("model_type"))
-    return record.default_tie if record is not None else None
-
-
-_HEADS = (
-    "lm_head.weight",
-    "output.weight",
-    "embed_out.weight",
-    "model.lm_head.weight",
-    "language_model.lm_head.weight",
-)
-_EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings)\.weight$")
 _VOCABULARY = re.compile(
     r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|embed_out|tok_embeddings|lm_head|output|decoder)\.(weight|bias)$"
     r"|^(cls\.predictions|lm_head)\.bias$"
 )
-
-
-def head_name(names: Sequence[str] | Mapping[str, Any]) -> str | None:
-    """Return the name of the output head among tensor names, if it is stored."""
-    return next((h for h in _HEADS if h in names), None)
-
-
-def embedding_name(names: Sequence[str] | Mapping[str, Any]) -> str | None:
-    """Return the name of the token embedding."""
-    found = [n for n in names if _EMBEDDINGS.search(n) and "visual" not in n and "vision" not in n]
-    return min(found, key=len) if found else None
 
 
 def vocabulary_rows(checkpoint: Checkpoint) -> int:

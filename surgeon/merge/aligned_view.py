@@ -85,4 +85,7 @@ def align_models(
         aligned[name] = AlignedRows(plan, read, max(1, columns), models=owners, rounding=rounding)
     if not aligned:
         return dict(opened)
-    return {key: AlignedView(key, checkpoint, aligned, plan) for key, checkpoint in opened.items()}
+    views: dict[str, Checkpoint] = {}
+    for key, checkpoint in opened.items():
+        views[key] = AlignedView(key, checkpoint, aligned, plan)
+    return views

@@ -43,13 +43,9 @@ def lint(
             findings.errors.append(UsageError("E219", text, help=fix))
         else:
             warnings.append(text)
-    if (
-        not native
-        and method.name in {"ties", "breadcrumbs", "breadcrumbs_ties", "dare_ties", "dare_linear"}
-        and vectors
-    ):
-        if all(d >= 1 for op in vectors for d in op.densities):
-            warnings.append(f"density is 1 everywhere: {method.name} drops nothing (mergekit's default)")
+    drops = method.name in {"ties", "breadcrumbs", "breadcrumbs_ties", "dare_ties", "dare_linear"}
+    if not native and drops and vectors and all(d >= 1 for op in vectors for d in op.densities):
+        warnings.append(f"density is 1 everywhere: {method.name} drops nothing (mergekit's default)")
     if not native and method.name == "linear":
         sums = {
             round(sum(op.weights), 6)

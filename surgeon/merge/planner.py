@@ -163,7 +163,8 @@ def _origins(
     names = [t.name for t in order]
     stack = main_stack(names, donor.config or {})
     sliced = any(s.layer_range is not None for m in spec.modules for p in m.slices for s in p.sources)
-    if len(spec.modules) > 1 or (spec.modules[0].name and not sliced):
+    first, *others = spec.modules
+    if others or (first.name and not sliced):
         return _module_origins(spec, opened, names, findings), donor.config
     if not sliced:
         return _whole_origins(spec, opened, structure, names, findings), donor.config

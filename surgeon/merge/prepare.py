@@ -56,6 +56,7 @@ class Opening:
     weights: str = "auto"
     config: str | None = None
     ignore_unlisted: bool = False
+    allow_pickle: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,8 @@ def open_models(refs: list[ModelRef], opening: Opening) -> dict[ModelRef, OpenMo
             located = locate(ref.path, ref.revision, ref.subfolder, offline=opening.offline)
             checkpoint: Checkpoint = open_path(
                 located.path, str(replace(ref, adapter=None, adapter_revision=None)), config_file=config,
-                weights=opening.weights, ignore_unlisted=opening.ignore_unlisted, repo=located.repo,
+                weights=opening.weights, ignore_unlisted=opening.ignore_unlisted,
+                allow_pickle=opening.allow_pickle, repo=located.repo,
             )  # fmt: skip
             adapter = None
             if ref.adapter:
@@ -168,7 +170,7 @@ def prepare(
         else:
             text_folder, text_label = opened[text_ref].folder, opened[text_ref].label
     plan_draft = draft(spec, opened, keys, options, findings)
-    recipe = describe(spec, models, options)
+    recipe = {**describe(spec, models, options), "allow_pickle": opening.allow_pickle}
     points = list(options.points) or [""]
     outputs: dict[str, OutputModel] = {}
     if plan_draft.config is None:
@@ -314,6 +316,7 @@ class _Folder:
         self.text_folder: Path = text_folder or self.structure_folder
         self.text_label = text_label
         self.generation_ref = text_ref
+        self.is_pair = is_pair
         self.config = self._config(models[text_ref].checkpoint if is_pair else None)
         self._licence_names: tuple[str, ...] = ()
 
@@ -340,9 +343,9 @@ class _Folder:
                 config[key] = name
             section = align.text_section(config)
             if section is not config:
-                for key in ("dtype", "torch_dtype"):
-                    if key in section:
-                        section[key] = name
+                path = next(k for k in config if config[k] is section)
+                edits = {f"{path}.{key}": name for key in ("dtype", "torch_dtype") if key in section}
+                config = apply_config_edits(config, edits)
         return config
 
     def companions(self) -> tuple[Companion, ...]:
@@ -393,7 +396,7 @@ class _Folder:
         for ref in (self.generation_ref, self.draft.structure):
             folder = self.models[ref].checkpoint.folder
             content = read_generation_config(folder) if folder is not None else None
-            if content is None:
+            if content is None or folder is None:
                 continue
             raw = read_bytes(folder / GENERATION_FILE)
             if self.vocabulary is not None and self.vocabulary.generation_edits:
@@ -464,6 +467,7 @@ class _Folder:
                 ),
                 {},
             )
+            own = {k: point.get(k, v) for k, v in own.items()}
             sources.append(
                 CardSource(
                     name=model.key,
@@ -485,9 +489,13 @@ class _Folder:
                 title=f"{self.texts.title} ({point_name})" if point_name else self.texts.title,
                 method=method.name.replace("_", "-"),
                 sources=tuple(sources),
-                parameters={**{k: v for k, v in self.spec.parameters.items() if v is not None}, **point},
+                parameters={
+                    **{k: v for k, v in self.spec.parameters.items() if v is not None and k != "int8_mask"},
+                    **{k: v for k, v in point.items() if k in self.spec.parameters},
+                },
                 recipe=self._without_paths(self.spec.source_text) if self.spec.source_text else None,
                 recipe_file="mergekit_config.yml" if self.spec.source_text else None,
+                command=self._command(point),
                 seed=draft_.options.seed if method.random else None,
                 parameter_count=sum(o.elements for o in outputs),
                 weight_bytes=sum(o.nbytes for o in outputs),
@@ -497,6 +505,33 @@ class _Folder:
                 version=__version__,
             )
         )
+
+    def _command(self, point: Mapping[str, float]) -> str | None:
+        """Return the command that repeats the run; a mergekit file is its own recipe."""
+        if self.spec.source_text is not None:
+            return None
+        method = catalogue(self.spec.method)
+        sources = self.spec.modules[0].slices[0].sources
+        base = self.spec.base_model
+        words = ["surgeon merge", *(self.models[s.model].key for s in sources if s.model != base or method.base == "ignored")]
+        if self.is_pair and base is not None:  # the implied base decides more than the arithmetic: keep it implied
+            words.append(self.models[base].key)
+        elif base is not None and method.base != "ignored":
+            words.append(f"--base {self.models[base].key}")
+        words.append(f"--method {method.name.replace('_', '-')}")
+        for parameter in method.parameters:
+            name = parameter.name
+            if parameter.inert:
+                continue
+            if parameter.per_model:
+                given = [point.get(name, s.parameters[name]) for s in sources if name in s.parameters]
+                if given:
+                    words.append(f"--param {name}={','.join(f'{v:g}' for v in given)}")
+            elif self.spec.parameters.get(name) is not None:
+                words.append(f"--param {name}={point.get(name, self.spec.parameters[name])}")
+        if self.draft.options.seed:
+            words.append(f"--seed {self.draft.options.seed}")
+        return " ".join([*words, "-o OUT"])
 
     def _sources_in_order(self) -> list[OpenModel]:
         return list(self.models.values())

@@ -46,6 +46,7 @@ class MergeRequest(BaseModel):
     config: str | None = None
     ignore_unlisted: bool = False
     allow_nonfinite: bool = False
+    allow_pickle: bool = False
     mergekit_quirks: bool = False
     strict: bool = False
     offline: bool = False

@@ -17,6 +17,7 @@ from surgeon.plan import OutputModel, Plan
 SCHEMA = 1
 MANIFEST = "surgeon.json"
 CHECKSUMS = "SHA256SUMS"
+_PERMISSIONS = ("allow_nonfinite", "allow_pickle")
 
 
 def manifest(
@@ -63,7 +64,7 @@ def manifest(
             "bytes": sum(o.nbytes for o in outputs),
             "dtype_bytes": dict(sorted(by_type.items())),
         },
-        "permissions": ["allow-nonfinite"] if plan.allow_nonfinite else [],
+        "permissions": [p.replace("_", "-") for p in _PERMISSIONS if plan.recipe.get(p)],
         "notes": list(plan.notes),
         "warnings": list(plan.warnings),
         "measured": {name: summaries[name] for name in sorted(summaries)},

@@ -20,7 +20,6 @@ import errno
 import json
 import os
 import secrets
-import shutil
 import socket
 import time
 from dataclasses import dataclass, field
@@ -36,6 +35,8 @@ JOURNAL = "journal"
 MODEL = "model"
 STALE_SECONDS = 15 * 60
 COMMIT_RECORD = "config.json"
+HIDDEN = ".surgeon-"
+"""Begins the names of folders inside a destination that is filled file by file."""
 
 
 def staging_prefix(destination: Path) -> str:
@@ -96,7 +97,7 @@ def check_destination(destination: Path, inputs: list[Path], *, overwrite: bool,
                 f"the output {printable(str(destination))} is a file, a folder is needed",
                 help="choose another -o",
             )
-        entries = sorted(p.name for p in destination.iterdir() if not p.name.startswith(".surgeon-"))
+        entries = sorted(p.name for p in destination.iterdir() if not p.name.startswith(HIDDEN))
     except PermissionError as error:
         raise EnvironmentFault(
             "E502", f"cannot access {printable(str(destination))}: permission denied"
@@ -196,15 +197,20 @@ def _foreign_entries(folder: Path) -> list[str]:
             listed = set(json.loads(manifest.read_bytes()).get("files", {}))
         except (ValueError, AttributeError):
             listed = set()
-    names = [p for p in sorted(folder.rglob("*")) if p.is_file() or p.is_symlink()]
+    names = [
+        p
+        for p in sorted(folder.rglob("*"))
+        if (p.is_file() or p.is_symlink()) and not p.relative_to(folder).parts[0].startswith(HIDDEN)
+    ]
     relative = {str(p.relative_to(folder)) for p in names}
-    if not listed and not any(n == COMMIT_RECORD or n.endswith(".safetensors") for n in relative):
+    moving = any(p.name.startswith(HIDDEN) for p in folder.iterdir())
+    if not listed and not moving and not any(n == COMMIT_RECORD or n.endswith(".safetensors") for n in relative):
         return sorted(relative)
     foreign = []
     for path in names:
         name = str(path.relative_to(folder))
         known = name in listed or path.name in _MODEL_NAMES or path.name.split(".")[0] in _MODEL_NAMES
-        if path.name.startswith(".surgeon-") or known or path.suffix in _MODEL_SUFFIXES:
+        if known or path.suffix in _MODEL_SUFFIXES:
             continue
         foreign.append(name)
     return foreign
@@ -243,8 +249,12 @@ class DestinationLock:
                 "pid": os.getpid(),
                 "since": time.strftime("%Y-%m-%d %H:%M:%S"),
             }
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, json.dumps(note).encode(), 0)
+            try:
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, json.dumps(note).encode(), 0)
+            except OSError:
+                os.close(descriptor)
+                raise
             return cls(path, descriptor)
         raise _busy(destination, {})
 
@@ -303,11 +313,29 @@ class Staging:
     disk: Disk
     lock: DestinationLock
     journal: Journal
+    plan_id: str = ""
     records: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def model(self) -> Path:
         return self.folder / MODEL
+
+    @property
+    def filling(self) -> Path:
+        """Inside a destination that cannot be replaced: where the new files gather beside the old."""
+        return self.destination / f"{HIDDEN}{self.plan_id[:12]}"
+
+    @property
+    def moving(self) -> Path:
+        """The same folder once the old files are gone: what is not in it has arrived."""
+        return self.destination / f"{HIDDEN}{self.plan_id[:12]}.new"
+
+    def places(self, name: str) -> list[Path]:
+        """Return where a file of the (only) output model can be, publication having begun or not."""
+        if self.is_file:
+            return [self.model / name, self.destination.parent / name]
+        found = [self.model / name, self.filling / name, self.moving / name]
+        return [*found, self.destination / name] if self.moving.exists() else found
 
     def close(self) -> None:
         """Release the lock and leave the staging folder for a later resume."""
@@ -325,9 +353,48 @@ class Staging:
 def leftovers(destination: Path) -> list[Path]:
     """Return staging folders of earlier runs to this destination."""
     prefix = staging_prefix(destination)
-    places = [destination.parent]
-    found = [p for p in places[0].iterdir() if p.name.startswith(prefix) and p.is_dir()]
-    return sorted(p for p in found if (p / JOURNAL).exists() or (p / MODEL).exists() or not any(p.iterdir()))
+    found = [p for p in destination.parent.iterdir() if p.name.startswith(prefix) and p.is_dir()]
+    return sorted(p for p in found if not p.name.startswith(f"{prefix}old-"))
+
+
+def replaced(destination: Path) -> list[Path]:
+    """Return previous models that were moved aside for a new one (systems without exchange)."""
+    prefix = f"{staging_prefix(destination)}old-"
+    return sorted(p for p in destination.parent.iterdir() if p.name.startswith(prefix) and p.is_dir())
+
+
+def clear_leftovers(destination: Path, disk: Disk) -> None:
+    """Remove what runs left that died after publishing; the destination is known to be complete."""
+    hidden = [p for p in destination.iterdir() if p.name.startswith(HIDDEN)] if destination.is_dir() else []
+    lock_file = destination.parent / f"{staging_prefix(destination)}lock"
+    if not (hidden or leftovers(destination) or replaced(destination) or lock_file.exists()):
+        return
+    try:
+        lock = DestinationLock.acquire(destination)
+    except OutputConflict:
+        return  # another run is at work there; it will tidy up after itself
+    try:
+        for old in (*leftovers(destination), *replaced(destination), *hidden):
+            if _published(old, destination):
+                disk.remove_tree(old)
+    finally:
+        lock.release()
+
+
+def _published(old: Path, destination: Path) -> bool:
+    """Say whether the run that left ``old`` got its result to the destination (or had none)."""
+    records = read_journal(old / JOURNAL)
+    return not records or records[0].get("plan") == _plan_at(destination)
+
+
+def _plan_at(destination: Path) -> str | None:
+    manifest = destination / "surgeon.json"
+    if not manifest.is_file():
+        manifest = destination.with_name(f"{destination.name}.surgeon.json")
+    try:
+        return json.loads(manifest.read_bytes()).get("plan")
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def open_staging(
@@ -339,16 +406,17 @@ def open_staging(
         OutputConflict: E603 another run holds the destination; E605 a leftover of another plan.
     """
     lock = DestinationLock.acquire(destination)
+    journal: Journal | None = None
     try:
         records: list[dict[str, Any]] = []
         adopted: Path | None = None
         for old in leftovers(destination):
             found = read_journal(old / JOURNAL)
             start = found[0] if found else {}
-            if not resume or not start or adopted is not None:
-                disk.remove_tree(old)
-            elif start.get("plan") == plan_id:
+            if resume and adopted is None and start.get("plan") == plan_id:
                 adopted, records = old, found
+            elif not resume or not start or start["plan"] in {plan_id, _plan_at(destination)}:
+                disk.remove_tree(old)
             else:
                 raise OutputConflict(
                     "E605",
@@ -365,8 +433,10 @@ def open_staging(
             disk.make_folder(folder / MODEL)
             journal = Journal(folder / JOURNAL, disk)
             journal.append({"plan": plan_id, "fingerprint": fingerprint}, sync=True)
-        return Staging(destination, folder, is_file, disk, lock, journal, records)
+        return Staging(destination, folder, is_file, disk, lock, journal, plan_id, records)
     except BaseException:
+        if journal is not None:
+            journal.close()
         lock.release()
         raise
 
@@ -382,17 +452,17 @@ def publish(staging: Staging, *, overwrite: bool) -> None:
 
     The caller has synced every file. Safe to repeat after an interruption at any point.
     """
-    disk, destination, model = staging.disk, staging.destination, staging.model
+    disk, destination = staging.disk, staging.destination
     if staging.is_file:
+        if destination.exists() and (staging.model / destination.name).exists() and not overwrite:
+            raise _appeared(staging)
         _publish_file(staging)
-    elif model.exists():
-        disk.sync_folder(model)
+    elif staging.filling.exists() or staging.moving.exists():
+        _move_into(staging)
+    else:
+        disk.sync_folder(staging.model)
         if destination.exists() and any(destination.iterdir()) and not overwrite:
-            raise OutputConflict(
-                "E601",
-                f"{printable(str(destination))} appeared while this run was working",
-                help=f"the finished model is in {model}; --overwrite replaces the folder",
-            )
+            raise _appeared(staging)
         _publish_folder(staging)
     disk.sync_folder(destination.parent)
     staging.journal.close()
@@ -401,10 +471,18 @@ def publish(staging: Staging, *, overwrite: bool) -> None:
     staging.lock.release()
 
 
+def _appeared(staging: Staging) -> OutputConflict:
+    return OutputConflict(
+        "E601",
+        f"{printable(str(staging.destination))} appeared while this run was working",
+        help=f"the finished model is in {printable(str(staging.model))}; --overwrite replaces what appeared",
+    )
+
+
 def _publish_file(staging: Staging) -> None:
-    # The weight file first: it is what a reader opens. The sidecar only describes it.
+    # The weight file last: a run that dies in between has published nothing and is simply repeated.
     disk, destination, model = staging.disk, staging.destination, staging.model
-    for source in sorted(model.iterdir(), key=lambda p: (p.name != destination.name, p.name)):
+    for source in sorted(model.iterdir(), key=lambda p: (p.name == destination.name, p.name)):
         disk.rename(source, destination.parent / source.name)
 
 
@@ -420,7 +498,8 @@ def _publish_folder(staging: Staging) -> None:
             disk.rename(destination, old)
             disk.rename(model, destination)
             disk.sync_folder(destination.parent)
-            disk.remove_tree(old)
+            for folder in replaced(destination):
+                disk.remove_tree(folder)
     except OSError as error:
         if error.errno not in {errno.EBUSY, errno.EXDEV}:
             raise
@@ -428,63 +507,80 @@ def _publish_folder(staging: Staging) -> None:
 
 
 def _move_into(staging: Staging) -> None:
-    """Fill a folder that cannot itself be replaced; config.json leaves first and arrives last."""
+    """Fill a folder that cannot itself be replaced; config.json leaves first and arrives last.
+
+    Three steps, each of which can be repeated: gather the new files in a hidden folder inside the
+    destination; remove the old ones and rename the hidden folder, which says that they are gone;
+    move the new ones out of it.
+    """
     disk, destination, model = staging.disk, staging.destination, staging.model
+    filling, moving = staging.filling, staging.moving
     if not destination.exists():
         disk.make_folder(destination)
-    hidden = destination / f".surgeon-{secrets.token_hex(6)}"
-    disk.make_folder(hidden)
-    for source in sorted(model.rglob("*")):
-        target = hidden / source.relative_to(model)
-        if source.is_dir():
-            disk.make_folder(target)
-            continue
-        try:
-            disk.rename(source, target)
-        except OSError as error:
-            if error.errno not in {errno.EXDEV, errno.EBUSY}:
-                raise
-            shutil.copyfile(source, target)
-            descriptor = disk.reopen(target)
-            try:
-                disk.sync(descriptor)
-            finally:
-                os.close(descriptor)
-    old = [
-        p
-        for p in sorted(destination.iterdir(), key=lambda p: (p.name != COMMIT_RECORD, p.name))
-        if p != hidden
-    ]
-    for path in old:
-        if path.name == "lost+found":
-            continue
-        if path.is_dir() and not path.is_symlink():
-            disk.remove_tree(path)
-        else:
-            disk.remove(path)
-        if path.name == COMMIT_RECORD:
-            disk.sync_folder(destination)
-    for source in sorted(hidden.iterdir(), key=lambda p: (p.name == COMMIT_RECORD, p.name)):
+    if not moving.exists():
+        if not filling.exists():
+            disk.make_folder(filling)
+        for source in sorted(model.rglob("*")):
+            target = filling / source.relative_to(model)
+            if not source.is_dir():
+                _move(disk, source, target)
+            elif not target.exists():
+                disk.make_folder(target)
+        disk.sync_folder(filling)
+        for path in sorted(destination.iterdir(), key=lambda p: (p.name != COMMIT_RECORD, p.name)):
+            if path == filling or path.name == "lost+found":
+                continue
+            if path.is_dir() and not path.is_symlink():
+                disk.remove_tree(path)
+            else:
+                disk.remove(path)
+            if path.name == COMMIT_RECORD:
+                disk.sync_folder(destination)
+        disk.rename(filling, moving)
+    for source in sorted(moving.iterdir(), key=lambda p: (p.name == COMMIT_RECORD, p.name)):
         if source.name == COMMIT_RECORD:
             disk.sync_folder(destination)
         disk.rename(source, destination / source.name)
     disk.sync_folder(destination)
-    disk.remove_tree(hidden)
+    disk.remove_tree(moving)
+
+
+def _move(disk: Disk, source: Path, target: Path) -> None:
+    """Rename a file, or copy it where the target is on another file system."""
+    try:
+        disk.rename(source, target)
+        return
+    except OSError as error:
+        if error.errno not in {errno.EXDEV, errno.EBUSY}:
+            raise
+    partial = target.with_name(target.name + ".part")
+    if partial.exists():
+        disk.remove(partial)
+    descriptor = disk.create(partial, source.stat().st_size)
+    try:
+        with open(source, "rb") as stream:
+            offset = 0
+            while piece := stream.read(8 << 20):
+                disk.write_at(descriptor, piece, offset)
+                offset += len(piece)
+        disk.sync(descriptor)
+    finally:
+        os.close(descriptor)
+    disk.rename(partial, target)
+    disk.remove(source)
 
 
 def recover_overwritten(destination: Path, disk: Disk) -> Path | None:
     """Put back the previous folder when a run died between the two renames (fault A13)."""
-    if destination.exists():
+    if destination.exists() or not destination.parent.is_dir() or not replaced(destination):
         return None
-    old = sorted(destination.parent.glob(f"{glob_escape(staging_prefix(destination))}old-*"))
-    if not old:
-        return None
-    disk.rename(old[-1], destination)
-    disk.sync_folder(destination.parent)
-    return destination
-
-
-def glob_escape(text: str) -> str:
-    import glob
-
-    return glob.escape(text)
+    lock = DestinationLock.acquire(destination)
+    try:
+        old = replaced(destination)
+        if destination.exists() or not old:  # the run was not dead and has just finished
+            return None
+        disk.rename(old[-1], destination)
+        disk.sync_folder(destination.parent)
+        return destination
+    finally:
+        lock.release()

@@ -225,7 +225,8 @@ def _hashes(path: Path, checkpoint: StoredCheckpoint, report: Report) -> None:
         sidecar = path.with_name(f"{path.name}.{MANIFEST}")
         if sidecar.is_file():
             source = sidecar.name
-            known = {path: d for n, d in read_json_object(sidecar).get("files", {}).items() if n == path.name}
+            recorded = read_json_object(sidecar).get("files", {}).get(path.name)
+            known = {path: recorded} if isinstance(recorded, str) else {}
     if not known:
         for header in checkpoint.headers:
             real = header.file.resolve()

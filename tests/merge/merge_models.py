@@ -17,7 +17,7 @@ import shutil
 import string
 import tempfile
 import warnings
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import torch
@@ -292,21 +292,34 @@ def run_both(text: str, place: Path, common: dict | None = None, **options) -> R
 
 @dataclass(frozen=True)
 class Deviation:
-    """How far two results are apart.
+    """How far two results are apart; the worst tensor counts.
 
     Attributes:
-        unequal: largest share of unequal entries in a tensor.
-        ulps: largest difference in units of the last place of the largest magnitude of its tensor.
+        unequal: share of unequal entries.
+        ulps: difference in units of the last place of the largest magnitude among result and inputs there.
+        relative: difference relative to the tensor's largest magnitude.
+        loose: share of entries more than four such units apart.
+        outside: unequal entries where no magnitude ties with a threshold.
     """
 
-    unequal: float
-    ulps: float
+    unequal: float = 0.0
+    ulps: float = 0.0
+    relative: float = 0.0
+    loose: float = 0.0
+    outside: int = 0
 
 
-def deviation(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> Deviation:
-    """Compare names, shapes and types exactly; return how far the values are apart."""
+def deviation(
+    ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], inputs=(), tied=None
+) -> Deviation:
+    """Compare names, shapes and types exactly; return how far the values are apart.
+
+    Args:
+        inputs: state dicts of the merged models, for the scale of units.
+        tied: function of a tensor's name that returns a mask of entries that may differ.
+    """
     assert sorted(ours) == sorted(theirs)
-    unequal = ulps = 0.0
+    found = []
     for name, mine in ours.items():
         other = theirs[name]
         assert mine.shape == other.shape, name
@@ -316,8 +329,21 @@ def deviation(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) ->
             continue
         gap = (mine.double() - other.double()).abs()
         assert torch.isfinite(gap).all(), name
-        unequal = max(unequal, float((gap > 0).double().mean()))
-        exponent = torch.floor(torch.log2(other.double().abs().clamp_min(1e-3)))
-        unit = torch.finfo(mine.dtype).eps * torch.exp2(exponent)
-        ulps = max(ulps, float((gap / unit).max()))
-    return Deviation(unequal, ulps)
+        if not gap.any():
+            continue
+        largest = other.double().abs()
+        for state in inputs:
+            if name in state and state[name].shape == largest.shape:
+                largest = torch.maximum(largest, state[name].double().abs())
+        unit = torch.finfo(mine.dtype).eps * torch.exp2(torch.floor(torch.log2(largest.clamp_min(1e-30))))
+        outside = 0 if tied is None else int(((gap > 0) & ~tied(name)).sum())
+        found.append(
+            Deviation(
+                float((gap > 0).double().mean()),
+                float((gap / unit).max()),
+                float(gap.max() / largest.max()),
+                float((gap > 4 * unit).double().mean()),
+                outside,
+            )
+        )
+    return Deviation(*map(max, zip(*map(astuple, found), strict=True))) if found else Deviation()

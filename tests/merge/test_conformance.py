@@ -13,11 +13,10 @@ in docs/mergekit.md.
 
 from __future__ import annotations
 
-import itertools
-
 import merge_models as mm
 import pytest
 import torch
+import yaml
 
 LISTED = "models: [{model: $base}, {model: $a, parameters: {%s}}, {model: $b, parameters: {%s}}]\nbase_model: $base\n"
 OTHERS = "models: [{model: $a, parameters: {%s}}, {model: $b, parameters: {%s}}]\nbase_model: $base\n"
@@ -45,7 +44,7 @@ METHODS: dict[str, tuple[str, str]] = {
     "ties-one": ("ties", ONE % "weight: 1, density: 0.2" + "parameters: {lambda: 0.8}\n"),
     "ties-dense": ("exact", OTHERS % ("weight: 0.3", "weight: 0.9")),
     "ties-raw": (
-        "ties",
+        "few",
         LISTED % ("weight: 0.3, density: 0.3", "weight: -0.9, density: 0.5")
         + "parameters: {normalize: false, rescale: true, int8_mask: true, lambda: 1.2}\n",
     ),
@@ -61,12 +60,12 @@ METHODS: dict[str, tuple[str, str]] = {
     "nuslerp": ("ulp", ALONE % ("weight: 0.3", "weight: 0.9")),
     "nuslerp-base": ("ulp", OTHERS % ("weight: 0.3", "weight: 0.9")),
     "nuslerp-rows": (
-        "ulp",
+        "vectors",
         OTHERS % ("weight: 0.3", "weight: 0.9")
         + "parameters: {nuslerp_flatten: false, nuslerp_row_wise: true}\n",
     ),
     "nuslerp-columns": (
-        "ulp",
+        "vectors",
         ALONE % ("weight: 0.3", "weight: 0.9") + "parameters: {nuslerp_flatten: false}\n",
     ),
     "multislerp": ("ulp", ALONE % ("weight: 0.3", "weight: 0.9")),
@@ -78,19 +77,19 @@ METHODS: dict[str, tuple[str, str]] = {
     "karcher-base": ("ulp", "models: [{model: $a}, {model: $b}]\nbase_model: $base\n"),
     "model_stock": ("ulp", "models: [{model: $a}, {model: $b}, {model: $c}]\nbase_model: $base\n"),
     "model_stock-rows": (
-        "ulp",
+        "vectors",
         "models: [{model: $a}, {model: $b}]\nbase_model: $base\nparameters: {filter_wise: true}\n",
     ),
     "sce": ("ulp", "models: [{model: $a}, {model: $b}, {model: $c}]\nbase_model: $base\n"),
     "sce-top": (
-        "sce",
+        "few",
         "models: [{model: $a}, {model: $b}]\nbase_model: $base\nparameters: {select_topk: 0.3}\n",
     ),
     "nearswap": ("exact", "models: [{model: $a}]\nbase_model: $base\nparameters: {t: 0.01}\n"),
-    "arcee_fusion": ("fusion", BASE_FIRST),
+    "arcee_fusion": ("widened", BASE_FIRST),
     "ram": ("exact", "models: [{model: $a}, {model: $b}]\nbase_model: $base\nparameters: {epsilon: 0.01}\n"),
     "ramplus_tl": (
-        "fusion",
+        "widened",
         "models: [{model: $a}, {model: $b}]\nbase_model: $base\nparameters: {r: 0.2, alpha: 0.3, epsilon: 0.01}\n",
     ),
     "passthrough": ("exact", "models: [{model: $a}]\n"),
@@ -105,30 +104,59 @@ PRECISIONS = {
     "as-stored": ("float32", ""),
     "as-stored-bfloat16": ("bfloat16", ""),
 }
-ULPS = {"float32": 64.0, "bfloat16": 4.0, "float16": 4.0}
-"""Allowed for the class "ulp": mergekit accumulates norms in float32 or rounds each step."""
 
 
-def check(kind: str, text: str, place, models, *, tie_share: float = 0.0, convert=None, **common) -> mm.Deviation:
-    base, a, b, c = models
-    text = mm.fill(text, base=base, a=a, b=b, c=c)
+def ties_with_threshold(base, model, density: float, gamma: float | None, dtype):
+    """Return a function: tensor name -> mask of entries whose delta ties with a border of the kept band."""
+
+    def mask(name: str) -> torch.Tensor:
+        delta = (model[name].to(dtype) - base[name].to(dtype)).abs()
+        count = delta.numel()
+        keep = int(density * count) if gamma is not None else max(1, int(density * count))
+        top = int((gamma or 0) * count)
+        bottom = max(0, count - keep - top)
+        order = delta.float().reshape(-1).sort().values
+        borders = [i for i in (bottom - 1, bottom, bottom + keep - 1, bottom + keep) if 0 <= i < count]
+        return torch.isin(delta.float(), order[borders])
+
+    return mask
+
+
+def check(kind: str, text: str, place, models, *, convert=None, bands=(), **common) -> mm.Deviation:
+    """Merge with both; compare what their class of equality promises, and everything beside the weights.
+
+    Args:
+        bands: (model, density, gamma or None) of the trimmed models, for the class "ties".
+    """
+    folders = dict(zip(("base", "a", "b", "c"), models, strict=True))
+    text = mm.fill(text, **folders)
     results = mm.run_both(text, place, common)
     ours, theirs = mm.tensors(results.ours), mm.tensors(results.theirs)
+    states = {n: mm.tensors(f) for n, f in folders.items()}
     if convert is not None:
         theirs = convert(theirs)
-    if kind == "fusion":
+    if kind == "widened":
         # mergekit writes float32 here whatever dtype says; only the numbers can be compared.
-        assert {t.dtype for t in theirs.values()} >= {torch.float32} or "out_dtype" in text
         theirs = {n: t.to(ours[n].dtype) for n, t in theirs.items()}
-    found = mm.deviation(ours, theirs)
+    settings = yaml.safe_load(text)
+    stored = next(iter(states["a"].values())).dtype
+    work = mm.DTYPES.get(str(settings.get("dtype")).removeprefix("torch."), stored)
+    masks = [ties_with_threshold(states["base"], states[n], d, g, work) for n, d, g in bands]
+    tied = (lambda name: torch.stack([m(name) for m in masks]).any(0)) if masks else None
+    found = mm.deviation(ours, theirs, states.values(), tied)
     precision = str(next(iter(ours.values())).dtype).removeprefix("torch.")
-    print(f"DEVIATION {kind} {precision} unequal={found.unequal:.4g} ulps={found.ulps:.4g}")
-    if kind in {"exact", "fusion"}:
+    print(f"DEVIATION {kind} {precision} {work} {found}")
+    wide = precision == "float32"
+    if kind == "exact" or (kind == "ties" and not bands) or kind == "widened":
         assert found.unequal == 0, found
-    elif kind in {"ties", "sce"}:
-        assert found.unequal <= tie_share, found
+    elif kind == "ties":
+        assert found.outside == 0, found
     elif kind == "ulp":
-        assert found.ulps <= ULPS[precision], found
+        assert found.relative <= 2e-6 if wide else found.ulps <= 6, found
+    elif kind == "vectors":
+        assert found.relative <= 4e-6 if wide else found.ulps <= 16, found
+    elif kind == "few":
+        assert found.loose <= (0.002 if wide else 0.1), found
     check_folder(results, text)
     return found
 
@@ -139,6 +167,8 @@ CONFIG_DIFFERENCES = {"transformers_version"}
 def check_folder(results: mm.Results, text: str) -> None:
     """Config keys, tokenizer, recipe and model card."""
     ours, theirs = mm.config_of(results.ours), mm.config_of(results.theirs)
+    # mergekit writes a "torch." prefix of the YAML into config.json; nothing else does.
+    theirs["dtype"] = theirs["dtype"].removeprefix("torch.")
     unlike = {k for k in {*ours, *theirs} if ours.get(k) != theirs.get(k)} - CONFIG_DIFFERENCES
     assert not unlike, {k: (ours.get(k), theirs.get(k)) for k in unlike}
     names = {p.name for p in results.ours.iterdir()}
@@ -149,12 +179,18 @@ def check_folder(results: mm.Results, text: str) -> None:
             assert (results.ours / name).read_bytes() == (results.theirs / name).read_bytes()
 
 
+BANDS = {
+    "ties": (("a", 0.4, None), ("b", 0.7, None)),
+    "ties-one": (("a", 0.2, None),),
+    "breadcrumbs": (("a", 0.5, 0.05), ("b", 0.5, 0.1)),
+    "breadcrumbs_ties": (("a", 0.8, 0.01), ("b", 0.6, 0.01)),
+}
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_in_every_precision(method, precision, tmp_path):
     stored, header = PRECISIONS[precision]
     kind, body = METHODS[method]
     text = f"merge_method: {method.partition('-')[0]}\n{header}{body}"
-    # Deltas of bfloat16 weights fall on few values and tie with the threshold; float32 deltas do not.
-    share = 0.12 if stored == "bfloat16" or precision == "float16" else 0.0
-    check(kind, text, tmp_path, mm.family("llama", stored), tie_share=share)
+    check(kind, text, tmp_path, mm.family("llama", stored), bands=BANDS.get(method, ()))

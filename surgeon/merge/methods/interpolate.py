@@ -17,7 +17,7 @@ def bind(b: Binding) -> Operation:
                              help="--base MODEL, or t for two models without a base")  # fmt: skip
         if any(w is None for w in given):
             raise UsageError("E213", "interpolate: some models have a weight and some have none")
-        return Combination(Fixed(tuple(float(w) for w in given)), b.others, b.base, b.work)
+        return Combination(Fixed(tuple(float(w) for w in given if w is not None)), b.others, b.base, b.work)
     if t is None:
         raise UsageError("E211", "interpolate needs t, or a weight for each model and a base")
     t = float(t)
