@@ -90,7 +90,7 @@ def _plan(spec: MergeSpec, request: MergeRequest, resolved: Resolved, title: str
     )
     texts = Texts(
         tokenizer=parse_model_ref(request.tokenizer) if request.tokenizer else None,
-        chat_template=request.chat_template, title=title, license=request.license,
+        chat_template=request.chat_template, title=title,
     )  # fmt: skip
     plan = prepare(spec, options, opening, texts, resolved.pair)
     bare = all(m.config is None for m in plan.models.values())

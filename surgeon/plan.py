@@ -64,11 +64,12 @@ class Block:
         ordinal: number of this block in the tensor.
         position: number of the tensor in its reduction group.
         shape: shape of the (first) output tensor.
+        target: storage code of all outputs, "" when they differ; `Operation.map` may encode for it.
     """
 
-    __slots__ = ("_values", "codes", "name", "ordinal", "position", "raw", "shape", "start", "stop")
+    __slots__ = ("_values", "codes", "name", "ordinal", "position", "raw", "shape", "start", "stop", "target")
 
-    def __init__(self, name, shape, raw, codes, start, stop, ordinal, position):
+    def __init__(self, name, shape, raw, codes, start, stop, ordinal, position, target=""):
         self.name = name
         self.shape = shape
         self.raw = raw
@@ -77,6 +78,7 @@ class Block:
         self.stop = stop
         self.ordinal = ordinal
         self.position = position
+        self.target = target
         self._values: dict[tuple[int, str], np.ndarray] = {}
 
     @property

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from surgeon.kernels import cast, lanes, select
+from surgeon.kernels import lanes, select
 
 WORTH_BYTES = 150_000_000
 """Bytes a run reads for arithmetic, over all passes, from which loading numba (0.5 s) pays."""
@@ -272,8 +272,3 @@ def combine(
         *operands, work == "BF16", base is not None, coefficients.astype(np.float32), out, packed
     )
     return result
-
-
-def widened(block: Any, index: int, work: str) -> np.ndarray:
-    """Return one input as the kernels see it, for paths that go on in NumPy."""
-    return cast.round_to(block.value(index, work), work)

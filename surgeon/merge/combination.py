@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from surgeon.kernels import cast
+from surgeon.kernels import cast, fused, lanes
 from surgeon.merge.task_vectors import added
 from surgeon.plan import Block, Operation
 
@@ -116,9 +116,12 @@ class Combination(Operation):
         )
 
     def reduce(self, step: int, block: Block, carried: Any) -> tuple[_Sums, bool]:
-        wide = [v.astype(np.float64, copy=False) for v in self._vectors(block)]
         if self.vectors == "tensor":
-            return _Sums(0, gram([v.reshape(1, -1) for v in wide])), self._identical(block)
+            matrix = fused.gram(block, self.inputs, self.base, self.work)
+            if matrix is None:
+                matrix = whole_gram([v.astype(np.float64, copy=False) for v in self._vectors(block)])
+            return _Sums(0, matrix[None]), self._identical(block)
+        wide = [v.astype(np.float64, copy=False) for v in self._vectors(block)]
         columns = max(1, math.prod(block.shape[1:]))
         total = _Sums(0, np.zeros((0, len(wide), len(wide))))
         for start, stop in _slices(block.start, block.stop, columns):
@@ -138,6 +141,13 @@ class Combination(Operation):
         return Solution(self.solver.coefficients(matrix), identical and self.identity, facts)
 
     def map(self, block: Block, carried: Solution | None) -> list[np.ndarray]:
+        fixed = np.array(self.solver.values) if isinstance(self.solver, Fixed) else None
+        if fixed is None and self.vectors == "tensor" and carried is not None and not carried.identical:
+            fixed = carried.coefficients
+        if fixed is not None and not self._end_point(fixed):
+            done = fused.combine(block, self.inputs, self.base, fixed, self.work)
+            if done is not None:
+                return [done]
         values = [block.value(i, self.work) for i in self.inputs]
         if isinstance(self.solver, Fixed):
             return [self._combine(block, values, np.array(self.solver.values))]
@@ -165,15 +175,19 @@ class Combination(Operation):
             result.reshape(-1, columns)[same] = values[0].reshape(-1, columns)[same]
         return result
 
+    def _end_point(self, coefficients: np.ndarray) -> bool:
+        """Return whether the result is one of the inputs, or the base, as it is."""
+        taken = np.flatnonzero(coefficients)
+        return (len(taken) == 0 and self.base is not None) or (
+            len(taken) == 1 and coefficients[taken[0]] == 1
+        )
+
     def _combine(self, block: Block, values: list[np.ndarray], coefficients: np.ndarray) -> np.ndarray:
         """Return the combination for coefficients [n], or [n, elements]."""
-        if coefficients.ndim == 1:
-            taken = np.flatnonzero(coefficients)
+        if coefficients.ndim == 1 and self._end_point(coefficients):
             # End points keep their exact bits; b + (x - b) would not.
-            if len(taken) == 0 and self.base is not None:
-                return block.value(self.base, self.work)
-            if len(taken) == 1 and coefficients[taken[0]] == 1:
-                return values[taken[0]]
+            taken = np.flatnonzero(coefficients)
+            return values[taken[0]] if len(taken) else block.value(self.base, self.work)
         wide = values[0].dtype.type
         total = np.zeros(values[0].shape, dtype=wide)
         for vector, c in zip(self._vectors(block), coefficients, strict=True):
@@ -221,6 +235,16 @@ def gram(vectors: list[np.ndarray], sums: str = "rc,rc->r") -> np.ndarray:
     for i in range(n):
         for j in range(i, n):
             result[:, i, j] = result[:, j, i] = np.einsum(sums, vectors[i], vectors[j])
+    return result
+
+
+def whole_gram(vectors: list[np.ndarray]) -> np.ndarray:
+    """Return G [n, n] of n flat float64 arrays, in lane order."""
+    n = len(vectors)
+    result = np.empty((n, n))
+    for i in range(n):
+        for j in range(i, n):
+            result[i, j] = result[j, i] = lanes.total(vectors[i] * vectors[j])
     return result
 
 

@@ -68,14 +68,12 @@ class Texts:
         tokenizer: explicit tokenizer model (--tokenizer); wins over ``donor``.
         chat_template: --chat-template; wins over the spec's.
         title: name of the output, for the model card.
-        license: --license, written to the model card as given.
     """
 
     donor: ModelRef | None = None
     tokenizer: ModelRef | None = None
     chat_template: str | None = None
     title: str = "merged"
-    license: str | None = None
 
 
 @dataclass(frozen=True)
@@ -153,6 +151,7 @@ def prepare(
         findings.notes.extend(
             f"{model.checkpoint.label}: {n}" for n in getattr(model.checkpoint, "notes", ())
         )
+    findings.warnings.extend(swapped_base(spec, models))
     structure = options.structure or (pair[0] if pair else None) or spec.base_model or refs[0]
     options = replace(
         options, structure=structure, refuse_positions=options.refuse_positions or pair is not None
@@ -187,6 +186,26 @@ def prepare(
                 key, folder.config, (*shared, Companion("README.md", card.encode())), here
             )
     return assemble(plan_draft, outputs, recipe)
+
+
+def swapped_base(spec: MergeSpec, models: Mapping[ModelRef, OpenModel]) -> list[str]:
+    """Warn when the base's own card says that it was made from one of the other models."""
+    if spec.base_model is None or catalogue(spec.method).base != "required":
+        return []
+    base = models[spec.base_model]
+    stated = read_card(base.checkpoint.folder).get("base_model")
+    parents = {str(p) for p in (stated if isinstance(stated, list) else [stated]) if p}
+    written = (base.checkpoint.config or {}).get("_name_or_path")
+    if isinstance(written, str) and written:
+        parents.add(written)
+    for ref, model in models.items():
+        names = {model.key, ref.path, str(model.located.repo)}
+        if ref != spec.base_model and parents & names:
+            return [
+                f"{base.checkpoint.label} is the base here, but says that it was made from {model.checkpoint.label}: "
+                "the two may be swapped"
+            ]
+    return []
 
 
 def _vocabulary(spec, options, models, text_ref, texts, opening, findings):

@@ -50,7 +50,6 @@ class MergeRequest(BaseModel):
     mergekit_quirks: bool = False
     strict: bool = False
     offline: bool = False
-    license: str | None = None
 
     @field_validator("max_shard_size")
     @classmethod

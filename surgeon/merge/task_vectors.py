@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from surgeon.errors import UsageError
-from surgeon.kernels import cast, fused, select
+from surgeon.kernels import cast, fused, lanes, select
 from surgeon.merge.method import Binding, Parameter
 from surgeon.plan import Block, Operation
 from surgeon.seeds import stream_key, uniform
@@ -86,10 +86,7 @@ class TaskVectors(Operation):
         states: list[Any] = []
         for i in range(len(self.others)):
             if stage == "l1":
-                delta = self._delta(block, i)
-                kept = self._masked(block, i, delta, carried)
-                pair = np.abs(delta).sum(dtype=np.float64), np.abs(kept).sum(dtype=np.float64)
-                states.append(np.array(pair))
+                states.append(np.array(self._l1(block, i, carried)))
             elif not 0 < self.densities[i] < 1:
                 states.append(None)
             elif stage == "high":
@@ -109,6 +106,15 @@ class TaskVectors(Operation):
     def _plain(self) -> bool:
         """Return whether the compiled kernels' ranking, by |delta|, is this operation's."""
         return True
+
+    def _l1(self, block: Block, i: int, facts: Facts | None) -> tuple[float, float]:
+        done = fused.delta_l1(self, block, facts, i) if self._plain() else None
+        if done is not None:
+            return done
+        delta = self._delta(block, i)
+        kept = self._masked(block, i, delta, facts)
+        before, after = (lanes.total(np.abs(v).astype(np.float64)) for v in (delta, kept))
+        return before, after
 
     def _high(self, block: Block, i: int) -> np.ndarray:
         done = fused.delta_histogram(block, self.others[i], self.base, self.work) if self._plain() else None
@@ -201,6 +207,9 @@ class TaskVectors(Operation):
         return np.where(mask, delta, delta.dtype.type(0))
 
     def _magprune(self, block: Block, i: int, delta: np.ndarray) -> np.ndarray:
+        done = fused.ranked_keep(self, block, i)
+        if done is not None:
+            return done
         columns = block.columns
         if not delta.size:  # a shape with a 0 in it has no rows to reshape to
             return np.zeros(delta.shape, dtype=bool)
@@ -215,21 +224,34 @@ class TaskVectors(Operation):
     def _contribution(self, block: Block, i: int, facts: Facts | None) -> np.ndarray:
         """Return w_i * scale_i * M_i d_i, rounded to ``work`` after every step."""
         delta = self._masked(block, i, self._delta(block, i), facts)
-        scale = 1.0
-        if facts is not None and facts.scales and 0 < self.densities[i] < 1:
-            scale = facts.scales[i]
-        elif self.rescale == "inverse_density" and 0 < self.densities[i] < 1:
-            scale = 1.0 / self.densities[i]
+        scale = self._rescaling(i, facts)
         if scale != 1.0:
             delta = cast.round_to(delta * self._scalar(scale), self.work)
         return cast.round_to(delta * self._scalar(self.weights[i]), self.work)
+
+    def _rescaling(self, i: int, facts: Facts | None) -> float:
+        """Return the factor that makes up for dropped entries of one task vector."""
+        if not 0 < self.densities[i] < 1:
+            return 1.0
+        if facts is not None and facts.scales:
+            return facts.scales[i]
+        return 1.0 / self.densities[i] if self.rescale == "inverse_density" else 1.0
+
+    def _total_weight(self, weights: np.ndarray):
+        """Return what a merge without election divides by when it normalizes."""
+        total = cast.round_to(weights.sum(keepdims=True, dtype=weights.dtype), self.work)[0]
+        return total if abs(total) >= TINY_WEIGHTS else weights.dtype.type(1)
+
+    def _encodes(self) -> bool:
+        """Return whether the compiled map may hand over the output's own type instead of numbers."""
+        return True
 
     def _scalar(self, value: float):
         wide = np.float64 if self.work == "F64" else np.float32
         return cast.round_to(np.array([value], dtype=wide), self.work)[0]
 
     def map(self, block: Block, carried: Facts | None) -> list[np.ndarray]:
-        done = fused.task_vectors(self, block, carried) if self._plain() else None
+        done = fused.task_vectors(self, block, carried, self._encodes()) if self._plain() else None
         if done is not None:
             return [done]
         parts = [self._contribution(block, i, carried) for i in range(len(self.others))]
@@ -252,10 +274,7 @@ class TaskVectors(Operation):
         else:
             for part in parts:
                 mixed += part
-            divisor = cast.round_to(
-                np.array([np.sum(np.array(weights, dtype=wide), dtype=wide)], dtype=wide), self.work
-            )
-            divisor[np.abs(divisor) < TINY_WEIGHTS] = 1
+            divisor = self._total_weight(np.array(weights, dtype=wide))
         mixed = cast.round_to(mixed, self.work)
         if self.normalize:
             mixed = cast.round_to(mixed / divisor, self.work)

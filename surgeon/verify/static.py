@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,12 +31,13 @@ from surgeon.plan import BLOCK_ELEMENTS, OutputModel
 
 @dataclass
 class Report:
-    """What was checked and what was found."""
+    """What was checked and what was found; ``failed`` counts the errors of each check that has any."""
 
     checks: list[str] = field(default_factory=list)
     errors: list[SurgeonError] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    failed: dict[str, int] = field(default_factory=dict)
     tensors: int = 0
     shards: int = 0
     bytes: int = 0
@@ -114,33 +115,45 @@ def verify_path(
         values: read all weights: non-finite values are errors, all-zero matrices warnings.
     """
     report = Report()
+    report.checks.append("structure")
     try:
         checkpoint = open_path(path, str(path), ignore_unlisted=ignore_unlisted)
     except SurgeonError as error:
         report.errors.extend([error, *error.others])
+        report.failed["structure"] = len(report.errors)
         return report
     try:
-        report.checks.append("structure")
         report.tensors, report.shards = len(checkpoint.tensors), len(checkpoint.headers)
         report.bytes = sum(t.nbytes for t in checkpoint.tensors.values())
         report.parameters = sum(t.elements for t in checkpoint.tensors.values())
         report.notes.extend(checkpoint.notes)
         if checkpoint.index_file is not None:
-            _index(checkpoint, report)
+            _check(report, "index", lambda: _index(checkpoint, report))
         if checkpoint.config is not None:
-            report.checks.append("config")
-            report.errors.extend(_config_findings(checkpoint, report))
-            _tokens(path, checkpoint, report)
+            _check(report, "config", lambda: report.errors.extend(_config_findings(checkpoint, report)))
+            _check(report, "tokenizer", lambda: _tokens(path, checkpoint, report))
         _modes(path, checkpoint, report)
         if hashes:
-            _hashes(path, checkpoint, report)
+            _check(report, "hashes", lambda: _hashes(path, checkpoint, report))
         if values:
-            _values(checkpoint, report)
-    except SurgeonError as error:
-        report.errors.extend([error, *error.others])
+            _check(report, "values", lambda: _values(checkpoint, report))
     finally:
         checkpoint.close()
     return report
+
+
+def _check(report: Report, name: str, work: Callable[[], None]) -> None:
+    """Run one check; what it raises and what it adds to the errors counts as its failure."""
+    before = len(report.errors)
+    try:
+        work()
+    except SurgeonError as error:
+        report.errors.extend([error, *error.others])
+    found = len(report.errors) - before
+    if found:
+        report.failed[name] = found
+    if found and name not in report.checks:
+        report.checks.append(name)
 
 
 def _index(checkpoint: StoredCheckpoint, report: Report) -> None:
@@ -236,7 +249,8 @@ def _hashes(path: Path, checkpoint: StoredCheckpoint, report: Report) -> None:
     if not known:
         report.notes.append("no recorded hashes: bit rot cannot be detected")
         return
-    report.checks.append(f"hashes ({source})")
+    report.checks.append("hashes")
+    report.notes.append(f"hashes are compared with {source}")
     for file, digest in sorted(known.items()):
         name = file.relative_to(path) if path.is_dir() else file.name
         if not file.is_file():

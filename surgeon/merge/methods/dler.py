@@ -41,6 +41,9 @@ class Dler(TaskVectors):
     def _plain(self) -> bool:
         return not self.relative
 
+    def _encodes(self) -> bool:
+        return not self.stochastic  # rounding is still to come
+
     def _high(self, block: Block, i: int) -> np.ndarray:
         """Return the histogram, and after it the number of entries that did not change."""
         zeros = np.count_nonzero(self._delta(block, i) == 0) if self.of_nonzero else 0

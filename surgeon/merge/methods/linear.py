@@ -29,7 +29,7 @@ class Linear(Operation):
     def map(self, block: Block, carried: None) -> list[np.ndarray]:
         from surgeon.kernels import fused
 
-        done = fused.linear(block.raw, block.codes, self.weights, self.normalize, self.work)
+        done = fused.linear(block, self.weights, self.normalize, self.work)
         if done is not None:
             return [done]
         wide = np.float64 if self.work == "F64" else np.float32
