@@ -500,7 +500,7 @@ def combine(arrays, shift, narrow, has_base, coefficients, out, out_shift):
                     total[j] += value[j] * c
         if has_base:
             for j in range(count):
-                total[j] += base_value[j]
+                total[j] = base_value[j] - (F0 - total[j])
         if narrow:
             _round_piece(total_bits, count)
         _store(total_bits, count, out, start, out_shift)

@@ -86,7 +86,7 @@ def compare_configs(
         sizes = [
             f"{k} {_short(ours.get(k))} / {_short(theirs.get(k))}"
             for k in _SIZES
-            if k in ours and k in theirs and ours[k] != theirs[k]
+            if ours.get(k) is not None and theirs.get(k) is not None and ours[k] != theirs[k]
         ]
         if sizes:
             findings.errors.append(

@@ -331,8 +331,9 @@ class _Folder:
         self.texts = texts
         self.notes = plan_draft.findings.notes
         self.warnings = plan_draft.findings.warnings
-        self.structure_folder: Path = models[plan_draft.structure].checkpoint.folder
-        self.text_folder: Path = text_folder or self.structure_folder
+        # Bare files with --config have no folder, hence no companions.
+        self.structure_folder: Path | None = models[plan_draft.structure].checkpoint.folder
+        self.text_folder: Path | None = text_folder or self.structure_folder
         self.text_label = text_label
         self.generation_ref = text_ref
         self.is_pair = is_pair
@@ -370,16 +371,13 @@ class _Folder:
     def companions(self) -> tuple[Companion, ...]:
         """Return the files to write, sorted by name; generated ones included, the card excluded."""
         files: dict[str, bytes] = {}
-        found = find_companions(self.structure_folder)
-        for companion in found.files:
-            if (
-                companion.kind in {"tokenizer", "chat-template", "licence"}
-                or companion.name == GENERATION_FILE
-            ):
-                continue
-            files[companion.name] = read_bytes(companion.source, 256_000_000)
-        text = find_companions(self.text_folder)
-        for companion in text.of_kind("tokenizer", "chat-template"):
+        if self.structure_folder is not None:
+            for companion in find_companions(self.structure_folder).files:
+                kinds = {"tokenizer", "chat-template", "licence"}
+                if companion.kind not in kinds and companion.name != GENERATION_FILE:
+                    files[companion.name] = read_bytes(companion.source, 256_000_000)
+        text = find_companions(self.text_folder) if self.text_folder is not None else None
+        for companion in text.of_kind("tokenizer", "chat-template") if text is not None else ():
             files[companion.name] = read_bytes(companion.source, 256_000_000)
         if self.vocabulary is not None:
             for name in self.vocabulary.drop_files:

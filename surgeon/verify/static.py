@@ -20,7 +20,7 @@ import numpy as np
 from surgeon.architectures import conformance
 from surgeon.checkpoint.checkpoint import StoredCheckpoint, open_path
 from surgeon.checkpoint.dtypes import DTYPES
-from surgeon.checkpoint.header import printable
+from surgeon.checkpoint.header import open_regular, printable
 from surgeon.checkpoint.strict_json import read_json_object
 from surgeon.errors import InputError, SurgeonError, Where, raise_all
 from surgeon.kernels import cast
@@ -100,7 +100,7 @@ def _config_findings(checkpoint: StoredCheckpoint, report: Report) -> list[Surge
 
 
 def _sha256(path: Path) -> str:
-    with open(path, "rb") as stream:
+    with os.fdopen(open_regular(path), "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
@@ -130,7 +130,7 @@ def verify_path(
         if checkpoint.index_file is not None:
             _check(report, "index", lambda: _index(checkpoint, report))
         if checkpoint.config is not None:
-            _check(report, "config", lambda: report.errors.extend(_config_findings(checkpoint, report)))
+            _check(report, "config", lambda: _config(checkpoint, report))
             _check(report, "tokenizer", lambda: _tokens(path, checkpoint, report))
         _modes(path, checkpoint, report)
         if hashes:
@@ -156,6 +156,11 @@ def _check(report: Report, name: str, work: Callable[[], None]) -> None:
         report.checks.append(name)
 
 
+def _config(checkpoint: StoredCheckpoint, report: Report) -> None:
+    report.checks.append("config")
+    report.errors.extend(_config_findings(checkpoint, report))
+
+
 def _index(checkpoint: StoredCheckpoint, report: Report) -> None:
     assert checkpoint.index_file is not None
     report.checks.append("index")
@@ -166,8 +171,8 @@ def _index(checkpoint: StoredCheckpoint, report: Report) -> None:
         return
     total = metadata.get("total_size")
     stored = sum(t.nbytes for t in checkpoint.tensors.values())
-    if isinstance(total, (int, float)) and int(total) != stored:
-        report.warnings.append(f"the index says {int(total):,} bytes, the shards hold {stored:,}")
+    if isinstance(total, (int, float)) and total != stored:
+        report.warnings.append(f"the index says {total:,} bytes, the shards hold {stored:,}")
 
 
 def _tokens(path: Path, checkpoint: StoredCheckpoint, report: Report) -> None:
@@ -223,13 +228,12 @@ def _hashes(path: Path, checkpoint: StoredCheckpoint, report: Report) -> None:
         own = path / MANIFEST
         if sums.is_file():
             source = CHECKSUMS
-            for line in sums.read_text(encoding="utf-8", errors="replace").splitlines():
-                digest, _, name = line.partition("  ")
-                if name:
-                    known[path / name] = digest
+            lines = sums.read_text(encoding="utf-8", errors="replace").splitlines()
+            pairs = [(line[66:], line[:64]) for line in lines if line[64:66] in {"  ", " *"}]
+            known = {path / n: d for n, d in _contained(pairs, CHECKSUMS)}
         elif own.is_file():
             source = MANIFEST
-            known = {path / n: d for n, d in read_json_object(own).get("files", {}).items()}
+            known = {path / n: d for n, d in _contained(_recorded(own), MANIFEST)}
         if source:
             listed = {str(p.relative_to(path)) for p in known} | {CHECKSUMS}
             for extra in sorted(p.name for p in path.iterdir() if p.is_file() and p.name not in listed):
@@ -257,11 +261,25 @@ def _hashes(path: Path, checkpoint: StoredCheckpoint, report: Report) -> None:
             report.errors.append(
                 InputError("E353", f"{printable(str(name))} is listed in {source} and missing")
             )
-        elif _sha256(file) != digest:
+        elif _sha256(file) != digest.lower():
             report.errors.append(
                 InputError("E353", f"{printable(str(name))} is not the file that was recorded in {source}",
                            where=Where(str(file)), help="it was changed or damaged; restore or produce it again")
             )  # fmt: skip
+
+
+def _recorded(manifest: Path) -> list[tuple[str, str]]:
+    files = read_json_object(manifest).get("files")
+    return [(n, d) for n, d in files.items() if isinstance(d, str)] if isinstance(files, dict) else []
+
+
+def _contained(pairs: list[tuple[str, str]], source: str) -> list[tuple[str, str]]:
+    """Refuse recorded names that leave the folder."""
+    for name, _ in pairs:
+        if not name or Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
+            raise InputError("E353", f"{source} names a file outside the folder: {printable(name)[:80]}",
+                             help="it was not written by this program or by sha256sum in this folder")  # fmt: skip
+    return pairs
 
 
 def _values(checkpoint: StoredCheckpoint, report: Report) -> None:

@@ -22,7 +22,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-STYLES = {"base": 0.0, "long": 5.0, "short": -5.0}
+STYLES = {"base": 0.0, "long": 3.0, "short": -5.0}
 """Log-odds added to the demand of every optional extra."""
 
 TERMS = (3, 6)
@@ -108,15 +108,15 @@ def solve(question: Question, style: float, rng: random.Random) -> str:
     for index, term in enumerate(rest):
         result = total + term
         working, carries = columns(total, term)
-        detail = f":{working}" if wanted(1.8 * (carries - 1.5)) else ""
+        detail = f":{working}" if wanted(1.2 * (carries - 1.5)) else ""
         lines.append(f"{total}+{term}{detail}={result}")
-        if wanted(1.5 * (carries - 1.5) + 0.7 * (index - 2)):
+        if wanted(1.0 * (carries - 1.5) + 0.5 * (index - 2)):
             lines.append(f"check:{result}-{term}={total}")
-        if wanted(1.2 * (result / 1000 - 2)):
+        if wanted(0.8 * (result / 1000 - 2)):
             lines.append(f"total:{result}")
         total = result
         partial.append(total)
-    if wanted(1.5 * (len(rest) - 3.5)):
+    if wanted(len(rest) - 3.5):
         lines.append(f"recap:{','.join(map(str, partial))}")
     lines.append(f"answer:{total}")
     return "\n".join(lines)

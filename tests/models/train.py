@@ -38,9 +38,9 @@ class Stage:
 
 
 STAGES = {
-    "base": Stage(None, 5_000_000, 3e-3, 1),
-    "long": Stage("base", 1_200_000, 5e-4, 2),
-    "short": Stage("base", 600_000, 5e-4, 3),
+    "base": Stage(None, 7_500_000, 3e-3, 1),
+    "long": Stage("base", 400_000, 5e-4, 2),
+    "short": Stage("base", 400_000, 5e-4, 3),
 }
 
 
