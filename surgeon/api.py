@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from surgeon.errors import OutputConflict, UsageError
+from surgeon.checkpoint.header import printable
+from surgeon.checkpoint.source import locate
+from surgeon.errors import EnvironmentFault, InputError, OutputConflict, SurgeonError, UsageError, Where
 from surgeon.execute import Check, Outcome, execute, preflight
 from surgeon.execute import input_locations as _inputs
 from surgeon.merge.planner import Options
-from surgeon.merge.prepare import Opening, Texts, prepare
+from surgeon.merge.prepare import Opening, OpenModel, Texts, open_models, prepare
 from surgeon.merge.references import parse_model_ref
 from surgeon.merge.request import MergeRequest, Resolved, resolve
 from surgeon.merge.spec import MergeSpec
 from surgeon.output import staging
 from surgeon.plan import Plan
 from surgeon.system import physical_cores
+
+if TYPE_CHECKING:
+    from surgeon import comparison, inspection
+    from surgeon.checkpoint.header import TensorInfo
+    from surgeon.verify.readers import Reading
+    from surgeon.verify.static import Report
 
 
 @dataclass
@@ -112,11 +121,12 @@ def merge(
     memory_limit: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     **options: Any,
-) -> Outcome:
+) -> Outcome | dict[str, Any]:
     """Merge checkpoints; the options are those of ``surgeon merge`` with underscores.
 
     Args:
-        models: paths or hub ids.
+        models: paths or hub ids; or state dicts of NumPy arrays or torch tensors, which give a state
+            dict of the same kind (a sweep gives one for each point, by name).
         method: see ``surgeon methods merge``.
         output: folder, or file for bare files; default ``merged`` or ``merged.safetensors``.
         options: any field of `surgeon.merge.request.MergeRequest`, ``lambda_`` for lambda.
@@ -127,6 +137,8 @@ def merge(
     Example:
         >>> surgeon.merge(["long", "short"], method="ties", output="merged")  # doctest: +SKIP
     """
+    if not isinstance(models, (str, Path)) and any(isinstance(m, Mapping) for m in models):
+        return _merge_states(models, output, threads, progress, method=method, **options)
     request = build_request(models=tuple(str(m) for m in models), method=method, **options)
     planned = plan_merge(request, title=Path(output).stem if output else "merged")
     if output is None and planned.default_output.exists() and not overwrite:
@@ -141,6 +153,20 @@ def merge(
         resume=resume,
         progress=progress,
     )
+
+
+def _merge_states(models, output, threads, progress, **options: Any) -> dict[str, Any]:
+    from surgeon.merge.in_memory import merge_states, named_inputs
+
+    if not all(isinstance(m, Mapping) for m in models):
+        raise UsageError("E204", "state dicts and paths cannot be merged with each other",
+                         help="save the state dicts, or load the checkpoints")  # fmt: skip
+    if output is not None:
+        raise UsageError("E208", "the result of merging state dicts is a state dict, not a file",
+                         help="leave out output, and save what is returned")  # fmt: skip
+    names, base, states = named_inputs(models, options.pop("base", None))
+    request = build_request(models=names, base=base, **options)
+    return merge_states(request, states, threads=threads or physical_cores(), progress=progress)
 
 
 def build_request(**values: Any) -> MergeRequest:
@@ -158,3 +184,297 @@ def build_request(**values: Any) -> MergeRequest:
         ]
         findings[0].others = tuple(findings[1:])
         raise findings[0] from None
+
+
+@dataclass
+class Inspection:
+    """What `inspect` found.
+
+    Attributes:
+        summary: headers and JSON files, see `surgeon.inspection.Summary`.
+        tensors: the tensors asked for, by name.
+        stats: figures by tensor name, when they were asked for.
+        layers: one group per layer.
+        experts: one entry per layer with experts.
+        config: the parsed config.json, or None.
+    """
+
+    summary: inspection.Summary
+    tensors: dict[str, TensorInfo]
+    stats: dict[str, inspection.Stats] | None
+    layers: list[inspection.Group]
+    experts: list[inspection.ExpertLayer]
+    config: dict[str, Any] | None
+
+
+@dataclass
+class Difference:
+    """What `diff` found; ``a`` is compared with ``b``, the reference.
+
+    Attributes:
+        labels: how the two were named.
+        structure: names, shapes, types.
+        config, generation_config: keys that differ.
+        tokenizer: a sentence, or None when both are equal or neither has one.
+        chat_template: True when the templates differ.
+        values: figures by tensor, when they were asked for.
+        tensors_differ: True, False, or None when values were not compared.
+    """
+
+    labels: tuple[str, str]
+    structure: comparison.Structure
+    config: list[comparison.Setting]
+    generation_config: list[comparison.Setting]
+    tokenizer: str | None
+    chat_template: bool
+    values: dict[str, comparison.Values] | None
+    notes: list[str]
+
+    @property
+    def tensors_differ(self) -> bool | None:
+        if self.values is None:
+            return None
+        return any(v.changed for v in self.values.values())
+
+    @property
+    def differs(self) -> bool:
+        settings = [s for s in (*self.config, *self.generation_config) if not s.cosmetic]
+        found = (self.structure.differs, settings, self.tokenizer, self.chat_template, self.tensors_differ)
+        return any(map(bool, found))
+
+
+@dataclass
+class Verification:
+    """What `verify` found; ``errors`` is empty when every check passed."""
+
+    path: Path
+    report: Report
+    reading: Reading | None = None
+    against: dict[str, Any] | None = None
+
+    @property
+    def errors(self) -> list[SurgeonError]:
+        return [*self.report.errors, *(self.reading.errors if self.reading else [])]
+
+    @property
+    def warnings(self) -> list[str]:
+        return [*self.report.warnings, *(self.reading.warnings if self.reading else [])]
+
+
+@contextlib.contextmanager
+def open_model(model: str | Path, *, offline: bool = False, weights: str = "auto", ignore_unlisted: bool = False) -> Iterator[OpenModel]:  # fmt: skip
+    """Open one model (folder, file, hub id, MODEL+ADAPTER) for reading and close it afterwards.
+
+    Raises:
+        SurgeonError: it does not exist or is malformed; nothing else, whatever the file system says.
+    """
+    try:
+        reference = parse_model_ref(str(model))
+        opened = open_models([reference], Opening(offline=offline, weights=weights, ignore_unlisted=ignore_unlisted))[reference]  # fmt: skip
+    except OSError as error:
+        raise EnvironmentFault(
+            "E502", f"cannot read {printable(str(model))}: {error.strerror or error}"
+        ) from error
+    try:
+        yield opened
+    finally:
+        close = getattr(opened.checkpoint, "close", None)
+        if close is not None:
+            close()
+
+
+def inspect(
+    model: str | Path,
+    *,
+    tensors: str | None = None,
+    stats: bool = False,
+    offline: bool = False,
+    threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Inspection:
+    """Say what a checkpoint holds. Reads headers and JSON; with ``stats`` also the values, once.
+
+    Args:
+        model: path or hub id, MODEL+ADAPTER.
+        tensors: a name, glob or re:REGEX: list only these tensors; statistics cover only these, too.
+        stats: norms, largest magnitudes, means, zeros and non-finite values.
+    """
+    from surgeon import inspection
+    from surgeon.checkpoint.patterns import select
+
+    with open_model(model, offline=offline) as opened:
+        checkpoint = opened.checkpoint
+        found = inspection.summarize(checkpoint, opened.located.path)
+        names = select(tensors, checkpoint.tensors, "--tensors") if tensors else list(checkpoint.tensors)
+        chosen = {name: checkpoint.tensors[name] for name in names}
+        figures = None
+        if stats:
+            inspection.require_values(checkpoint)
+            figures = inspection.statistics(
+                checkpoint, names, threads=threads or physical_cores(), progress=progress
+            )
+        return Inspection(
+            found, chosen, figures, inspection.by_layer(chosen, figures), inspection.expert_layers(chosen),
+            checkpoint.config,
+        )  # fmt: skip
+
+
+def diff(
+    first: str | Path,
+    second: str | Path,
+    *,
+    base: str | Path | None = None,
+    values: bool = False,
+    tensors: str | None = None,
+    anatomy: bool = True,
+    offline: bool = False,
+    threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Difference:
+    """Compare two checkpoints; ``second`` is the reference.
+
+    Args:
+        base: compare the task vectors first - base and second - base as well (with ``values``).
+        values: read and compare the values of all tensors of equal shape.
+        tensors: a name, glob or re:REGEX: compare the values of these only.
+        anatomy: how much of a delta its largest entries hold; a second read where it is needed.
+    """
+    from surgeon import comparison
+    from surgeon.checkpoint.companions import read_chat_templates, read_generation_config
+    from surgeon.checkpoint.patterns import select
+
+    if base is not None and not values:
+        raise UsageError("E206", "a base is only used when values are compared", help="add --values")
+    with contextlib.ExitStack() as stack:
+        ours = stack.enter_context(open_model(first, offline=offline))
+        theirs = stack.enter_context(open_model(second, offline=offline))
+        found = comparison.structure(ours.checkpoint, theirs.checkpoint)
+        folders = [m.checkpoint.folder for m in (ours, theirs) if m.checkpoint.folder is not None]
+        notes = []
+        config = generation = []
+        template, tokenizer = False, None
+        configs = ours.checkpoint.config, theirs.checkpoint.config
+        if None not in configs:
+            config = comparison.settings(*configs)
+        elif any(configs):
+            notes.append("only one of the two has a config.json; configurations were not compared")
+        if len(folders) == 2:
+            generation = comparison.settings(*(read_generation_config(f) for f in folders))
+            template = len({read_chat_templates(f).default for f in folders}) > 1
+            tokenizer = _compare_tokenizers(folders[0], folders[1], notes)
+        figures = None
+        if values:
+            names = select(tensors, found.common, "--tensors") if tensors else found.common
+            reference = stack.enter_context(open_model(base, offline=offline)).checkpoint if base else None
+            if reference is not None:
+                lacking = sum(
+                    n not in reference.tensors
+                    or reference.tensors[n].shape != ours.checkpoint.tensors[n].shape
+                    for n in names
+                )
+                if lacking:
+                    notes.append(
+                        f"{lacking} tensors are not in the base with this shape; compared without it"
+                    )
+            figures = comparison.compare_values(
+                ours.checkpoint, theirs.checkpoint, names, base=reference, anatomy=anatomy,
+                threads=threads or physical_cores(), progress=progress,
+            )  # fmt: skip
+        labels = str(ours.ref), str(theirs.ref)
+    return Difference(labels, found, config, generation, tokenizer, template, figures, notes)
+
+
+def _compare_tokenizers(first: Path, second: Path, notes: list[str]) -> str | None:
+    """Return one sentence when two folders' vocabularies differ."""
+    from surgeon.checkpoint.vocabulary import has_tokenizer, read_vocabulary
+    from surgeon.merge.vocabulary import compare
+
+    present = has_tokenizer(first), has_tokenizer(second)
+    if not any(present):
+        return None
+    if not all(present):
+        return f"only {'the first' if present[0] else 'the second'} has a tokenizer"
+    try:
+        found = compare(read_vocabulary(first), read_vocabulary(second))
+    except InputError as error:
+        notes.append(f"tokenizers were not compared: {error.message}")
+        return None
+    if found.verdict == "equal":
+        return "equal tokens, different merge rules" if found.rules_differ else None
+    what = "special or added tokens only" if found.verdict == "special" else "ordinary tokens"
+    shown = "; ".join(
+        f"id {n}: {'none' if a is None else repr(a)} / {'none' if b is None else repr(b)}"
+        for n, a, b in found.first[:3]
+    )
+    return f"{found.sizes[0]:,} / {found.sizes[1]:,} tokens, {len(found.ids):,} ids differ ({what}): {shown}"
+
+
+def verify(
+    model: str | Path,
+    *,
+    values: bool = True,
+    hashes: bool = True,
+    load: bool = False,
+    generate: bool = False,
+    against: str | Path | None = None,
+    tolerance: float | None = None,
+    timeout: float | None = None,
+    memory_limit: int | None = None,
+    ignore_unlisted: bool = False,
+    offline: bool = False,
+    threads: int | None = None,
+) -> Verification:
+    """Check a model; findings are returned, not raised.
+
+    Args:
+        values: read all weights: non-finite values are errors.
+        hashes: re-hash files for which a sha256 is recorded.
+        load: load it with stock transformers in a process of its own; ``generate`` and ``against`` imply it.
+        generate: greedy tokens with and without the cache, tokenizer round trips, the chat template.
+        against: another model folder: compare tensors, and logits on fixed tokens.
+        tolerance: with ``against``: the largest relative difference of the logits that passes.
+
+    Raises:
+        UsageError: the model is an adapter, or a bare file that should be loaded.
+        EnvironmentFault: E512 to E514, the reader cannot be run here.
+    """
+    from surgeon.verify import readers
+    from surgeon.verify.static import verify_path
+
+    reference = parse_model_ref(str(model))
+    if reference.adapter:
+        raise UsageError("E207", f"{model} is a model with an adapter; verify checks one model on disk",
+                         help="verify the two separately, or merge them first")  # fmt: skip
+    try:
+        path = locate(reference.path, reference.revision, reference.subfolder, offline=offline).path
+        if load or generate or against is not None:
+            readers.require(path)
+        report = verify_path(path, hashes=hashes, values=values, ignore_unlisted=ignore_unlisted)
+    except OSError as error:
+        raise EnvironmentFault(
+            "E502", f"cannot read {printable(str(model))}: {error.strerror or error}"
+        ) from error
+    found = Verification(path, report)
+    if report.errors or not (load or generate or against):
+        return found  # a reader fills what is missing with random numbers: nothing it says would count
+    other = None
+    if against is not None:
+        second = parse_model_ref(str(against))
+        other = locate(second.path, second.revision, second.subfolder, offline=offline).path
+        result = diff(model, against, values=True, anatomy=False, offline=offline, threads=threads)
+        unequal = [n for n, v in (result.values or {}).items() if v.changed]
+        found.against = {
+            "compared": len(result.values or {}), "equal": len(result.values or {}) - len(unequal),
+            "structure_differs": result.structure.differs,
+            "max_abs": max((v.max_abs for v in (result.values or {}).values()), default=0.0),
+        }  # fmt: skip
+    found.reading = readers.read_with_transformers(
+        path, generate=generate, against=other, timeout=timeout or readers.TIMEOUT, memory_limit=memory_limit
+    )
+    logits = found.reading.checks.get("against")
+    if tolerance is not None and logits and logits["relative"] > tolerance:
+        found.reading.errors.append(
+            InputError("E363", f"the logits differ by {logits['relative']:.3g} (relative), above {tolerance:g}",
+                       where=Where(str(path)))
+        )  # fmt: skip
+    return found

@@ -18,7 +18,7 @@ import numpy as np
 from surgeon.architectures import naming, traits
 from surgeon.checkpoint.checkpoint import Checkpoint
 from surgeon.checkpoint.dtypes import DTYPES
-from surgeon.inspection import Progress, block_ranges, each_tensor
+from surgeon.inspection import Progress, block_ranges, each_tensor, product
 from surgeon.kernels import cast, select
 
 DENSITIES = (0.05, 0.1, 0.2, 0.5)
@@ -235,7 +235,7 @@ class _Largest:
         self.lows: dict[float, np.ndarray] = {}
 
     def first_pass(self, delta: np.ndarray) -> None:
-        high = select.keys(delta) >> np.uint32(select.LOW_BITS)
+        high = (select.keys(delta) >> np.uint32(select.LOW_BITS)).astype(np.intp)
         wide = delta.astype(np.float64, copy=False)
         self.histogram += np.bincount(high, minlength=select.HIGH_BINS)
         self.energies += np.bincount(high, weights=wide * wide, minlength=select.HIGH_BINS)
@@ -251,9 +251,10 @@ class _Largest:
 
     def second_pass(self, delta: np.ndarray) -> None:
         key = select.keys(delta)
+        high = key >> np.uint32(select.LOW_BITS)
         for density, rank in self.ranks.items():
-            present, counts = select.low_counts(key, rank)
-            self.lows[density][present] += counts
+            inside = key[np.flatnonzero(high == np.uint32(rank.bin))] & select.LOW_MASK
+            self.lows[density] += np.bincount(inside.astype(np.intp), minlength=self.lows[density].size)
 
     def finish(self, anatomy: Anatomy) -> None:
         for density in DENSITIES:
@@ -269,7 +270,7 @@ class _Largest:
             bits = (np.uint32(rank.bin << select.LOW_BITS) | low.astype(np.uint32)).astype(np.uint32)
             values = bits.view(np.float32).astype(np.float64)
             anatomy.kept[density] = rank.k
-            anatomy.kept_energy[density] = above + float(np.dot(values * values, taken))
+            anatomy.kept_energy[density] = above + float((values * values * taken).sum())
 
 
 @dataclass
@@ -307,12 +308,12 @@ class _Pair:
         wide = [cast.widen(r, d) for r, d in zip(raws, self.dtypes, strict=True)]
         if any(w.dtype == np.float64 for w in wide):
             wide = [w.astype(np.float64, copy=False) for w in wide]
-        finite = np.isfinite(wide[0])
-        for values in wide[1:]:
-            finite &= np.isfinite(values)
-        bad = int(finite.size - np.count_nonzero(finite))
-        changed = 0
-        if bad:
+        changed = bad = 0
+        if not all(map(_finite, wide)):
+            finite = np.isfinite(wide[0])
+            for values in wide[1:]:
+                finite &= np.isfinite(values)
+            bad = int(finite.size - np.count_nonzero(finite))
             a, b = wide[0][~finite], wide[1][~finite]
             changed = int(np.count_nonzero((a != b) & ~(np.isnan(a) & np.isnan(b))))
             wide = [w[finite] for w in wide]
@@ -324,13 +325,20 @@ class _Pair:
         return _Block(wide[0], wide[1], base, codes, (raws[0], raws[1]), bad, changed)
 
 
+def _finite(values: np.ndarray) -> bool:
+    return bool(np.isfinite(values).all())
+
+
 def _one_step(raw: tuple[np.ndarray, np.ndarray]) -> int:
-    """Count entries whose 16-bit patterns are neighbours on the number line."""
+    """Count entries whose 16-bit patterns are neighbours on the number line; both zeros are one point."""
     order = []
     for values in raw:
-        bits = values.view(np.uint16).astype(np.int32)
-        order.append(np.where(bits & 0x8000, -(bits & 0x7FFF), bits))
-    return int(np.count_nonzero(np.abs(order[0] - order[1]) == 1))
+        bits = values.view(np.int16)
+        sign = bits >> np.int16(15)
+        order.append(((bits & np.int16(0x7FFF)) ^ sign) - sign)
+    # The distance is at most 65,534, so that its 16 bits say 1 or -1 only where it is.
+    distance = order[0] - order[1]
+    return int(np.count_nonzero((distance == 1) | (distance == -1)))
 
 
 def compare_tensor(
@@ -353,10 +361,9 @@ def compare_tensor(
         deltas = block.deltas()
         _add_block(found, block, deltas)
         for part, rank, delta in zip(parts, largest, deltas, strict=True):
-            wide = delta.astype(np.float64, copy=False)
             part.elements += stop - start
-            part.changed += int(np.count_nonzero(delta))
-            part.energy += float(np.dot(wide, wide))
+            part.changed += int(np.count_nonzero(delta != 0))
+            part.energy += product(delta, delta)
             if anatomy:
                 rank.first_pass(delta)
         cached = deltas if len(pair.ranges) == 1 else None
@@ -372,24 +379,25 @@ def compare_tensor(
 
 
 def _add_block(found: Values, block: _Block, deltas: list[np.ndarray]) -> None:
-    a, b = (v.astype(np.float64, copy=False) for v in (block.first, block.second))
-    d = a - b
+    a, b = block.first, block.second
+    d = deltas[0] if len(deltas) == 1 else a - b
     found.nonfinite += block.nonfinite
-    found.changed += int(np.count_nonzero(d)) + block.changed_nonfinite
-    found.squares += float(np.dot(d, d))
-    found.first += float(np.dot(a, a))
-    found.second += float(np.dot(b, b))
-    found.dot += float(np.dot(a, b))
+    found.changed += int(np.count_nonzero(a != b)) + block.changed_nonfinite
+    found.squares += product(d, d)
+    found.first += product(a, a)
+    found.second += product(b, b)
+    found.dot += product(a, b)
     if d.size:
         found.max_abs = max(found.max_abs, float(np.abs(d).max()))
     if block.codes is not None:
         found.one_step += _one_step(block.raw)
         found.stepped += a.size
     if len(deltas) == 2:
-        ours, theirs = (v.astype(np.float64, copy=False) for v in deltas)
-        found.task_dot += float(np.dot(ours, theirs))
-        found.both += int(np.count_nonzero((ours != 0) & (theirs != 0)))
-        found.conflicts += int(np.count_nonzero(np.sign(ours) * np.sign(theirs) < 0))
+        ours, theirs = deltas
+        found.task_dot += product(ours, theirs)
+        both = (ours != 0) & (theirs != 0)
+        found.both += int(np.count_nonzero(both))
+        found.conflicts += int(np.count_nonzero(both & (np.signbit(ours) != np.signbit(theirs))))
 
 
 def _compare_bytes(name: str, first: Checkpoint, second: Checkpoint) -> Values:
@@ -424,7 +432,9 @@ def compare_values(
 
     def work(name: str) -> Values:
         usable = base is not None and name in base.tensors and base.tensors[name].shape == first.tensors[name].shape  # fmt: skip
-        found = compare_tensor(name, first, second, base if usable else None, anatomy and (usable or base is None))
+        found = compare_tensor(
+            name, first, second, base if usable else None, anatomy and (usable or base is None)
+        )
         if base is not None and not usable:
             found.delta = Anatomy()  # it would be the anatomy of another delta
         return found

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from surgeon import __version__, engine
+from surgeon.checkpoint.digests import known_digest, remember
 from surgeon.checkpoint.header import printable
 from surgeon.errors import EnvironmentFault, InputError, OutputConflict
 from surgeon.output import staging as stage
 from surgeon.output.disk import Disk
 from surgeon.output.layout import Layout, lay_out
-from surgeon.output.manifest import CHECKSUMS, MANIFEST, checksums, manifest, sha256
+from surgeon.output.manifest import CHECKSUMS, MANIFEST, checksums, manifest, seal, sha256
 from surgeon.output.writer import ModelWriter
 from surgeon.plan import Estimate, Plan, estimate
 from surgeon.system import memory_budget
@@ -146,11 +147,9 @@ def execute(
             return Outcome(
                 destination, _paths(plan, destination, is_file), same, engine.Timing(), unchanged=True
             )
-        stage.check_destination(
-            destination, inputs, overwrite=overwrite or _resumable(destination), is_file=is_file
-        )
+        stage.check_destination(destination, inputs, overwrite=overwrite, is_file=is_file)
         check = preflight(plan, destination, threads=threads, memory_limit=memory_limit)
-        fingerprint = {"program": __version__, **plan.fingerprint()}
+        fingerprint = {"program": __version__, **plan.fingerprint(), "input files": _stamps(plan)}
         staging = stage.open_staging(
             destination, fingerprint, plan_id, is_file=is_file, resume=resume, disk=disk
         )
@@ -162,6 +161,14 @@ def execute(
     except OSError as error:
         staging.close()
         raise _disk_fault(error, destination, staging.folder) from error
+    except (MemoryError, RuntimeError) as error:
+        staging.close()
+        if not isinstance(error, MemoryError) and "start new thread" not in str(error):
+            raise
+        raise EnvironmentFault(
+            "E504", f"the memory is used up; the largest piece of work is {printable(check.estimate.largest_item)}",
+            help="set --memory-limit below what this process may use, or --threads lower; the same command continues",
+        ) from error  # fmt: skip
     except InputError:
         # A wrong input will not become right by resuming; do not leave gigabytes behind.
         staging.discard()
@@ -194,9 +201,32 @@ def _paths(plan: Plan, destination: Path, is_file: bool) -> dict[str, Path]:
     return {key: destination / key if key else destination for key in plan.models}
 
 
-def _resumable(destination: Path) -> bool:
-    """A half-moved publication onto a mount point may be continued without --overwrite."""
-    return destination.is_dir() and any(p.name.startswith(stage.HIDDEN) for p in destination.iterdir())
+def _stamps(plan: Plan) -> dict[str, list[list[Any]]]:
+    """Return what tells one version of an input file from another without reading it.
+
+    Fine-tunes of one model have equal headers: only this keeps a resumed run from mixing two of them.
+    """
+    return {
+        key: [[h.stamp.size, h.stamp.mtime_ns, h.stamp.inode, h.stamp.device] for h in checkpoint.headers]
+        for key, checkpoint in plan.inputs.items()
+    }
+
+
+def _same_inputs(plan: Plan, recorded: Any) -> bool:
+    """Compare the inputs' content with the digests a finished result recorded; hashes what is not known."""
+    for key, checkpoint in plan.inputs.items():
+        for header in checkpoint.headers:
+            try:
+                wanted = recorded[key]["files"][header.file.name]["sha256"]
+            except (KeyError, TypeError):
+                return False
+            found = known_digest(header)
+            if found is None:
+                found = _digest_of(header.file)
+                remember([(header, found)])
+            if found != wanted:
+                return False
+    return True
 
 
 def _finished(destination: Path, plan_id: str, is_file: bool, plan: Plan) -> dict[str, dict[str, Any]] | None:
@@ -221,6 +251,8 @@ def _finished(destination: Path, plan_id: str, is_file: bool, plan: Plan) -> dic
                 return None
         except SurgeonError:
             return None
+    if not all(_same_inputs(plan, content.get("inputs")) for content in manifests.values()):
+        return None
     return manifests
 
 
@@ -314,6 +346,8 @@ def _companions(plan, model, layout: Layout, folder: Path, result, disk: Disk, i
     digests.update({name: sha256(content) for name, content in files.items()})
     body = manifest(plan, model, layout, digests, result.input_digests, summaries)
     name = f"{file_name}.{MANIFEST}" if is_file else MANIFEST
+    if is_file:
+        body = seal(body)
     files[name] = body
     digests[name] = sha256(body)
     if not is_file:

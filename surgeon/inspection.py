@@ -27,8 +27,8 @@ from surgeon.errors import InputError, SurgeonError
 from surgeon.kernels import cast
 
 MANIFEST = "surgeon.json"
-BLOCK = 1 << 20
-"""Elements read at once."""
+BLOCK = 1 << 18
+"""Elements read at once: little enough to stay in the processor's caches."""
 
 Progress = Callable[[int, int], None]
 
@@ -157,6 +157,7 @@ class Summary:
     layers: dict[str, int]
     experts: dict[str, int] | None
     has_config: bool
+    config_beside: bool
     known_architecture: bool
     companions: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
@@ -207,16 +208,31 @@ def summarize(checkpoint: Checkpoint, path: Path) -> Summary:
         layers=naming.stacks(tensors),
         experts={"layers": len(experts), "least": counts[0], "most": counts[-1]} if counts else None,
         has_config=config is not None,
+        config_beside=path.is_file() and path.with_name("config.json").is_file(),
         known_architecture=record is not None,
         notes=list(getattr(checkpoint, "notes", ())),
     )
     _companions(summary, path)
+    if not _generates(config):
+        summary.missing = [m for m in summary.missing if m not in {"generation_config.json", "chat template"}]
     return summary
+
+
+def _model_class(config: Mapping[str, Any] | None) -> str:
+    named = (config or {}).get("architectures")
+    return str(named[0]) if isinstance(named, list) and named else ""
+
+
+def _generates(config: Mapping[str, Any] | None) -> bool:
+    """Say whether a config names a class that writes text; True where it names none."""
+    name = _model_class(config)
+    return not name or name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
 
 
 def _tied(checkpoint: Checkpoint) -> bool | None:
     if checkpoint.config is not None:
-        return traits.is_tied(checkpoint)
+        name = _model_class(checkpoint.config)
+        return None if name.endswith("Model") and "Head" not in name else traits.is_tied(checkpoint)
     embedded = traits.embedding_name(checkpoint.tensors) is not None
     return None if not embedded else traits.head_name(checkpoint.tensors) is None
 
@@ -470,12 +486,16 @@ def _stats(checkpoint: Checkpoint, name: str) -> Stats:
             values = values[~mask]
         if not values.size:
             continue
-        wide = values.astype(np.float64, copy=False)
-        found.zeros += int(values.size - np.count_nonzero(values))
-        found.total += float(wide.sum())
-        found.squares += float(np.dot(wide, wide))
+        found.zeros += int(values.size - np.count_nonzero(values != 0))
+        found.total += float(values.sum(dtype=np.float64))
+        found.squares += product(values, values)
         found.max_abs = max(found.max_abs, float(np.abs(values).max()))
     return found
+
+
+def product(first: np.ndarray, second: np.ndarray) -> float:
+    """Return the sum of products in float64, always added in the same order (a BLAS dot is neither)."""
+    return float(np.einsum("i,i->", first, second, dtype=np.float64, casting="unsafe"))
 
 
 def require_values(checkpoint: Checkpoint) -> None:

@@ -233,6 +233,8 @@ class Plan:
             "verb": self.verb,
             "recipe": _digest(self.recipe),
             "inputs": {k: [h.sha256 for h in c.headers] for k, c in self.inputs.items()},
+            # What a view computes with beside its files: an adapter's scale, the rows of a vocabulary.
+            "views": {k: getattr(c, "identity", "") for k, c in self.inputs.items()},
             "operations": operations.hexdigest(),
             "models": {
                 key: _digest(

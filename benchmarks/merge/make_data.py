@@ -75,7 +75,8 @@ class Size:
                 (at + "self_attn.q_proj.weight", (h, h)),
                 (at + "self_attn.v_proj.weight", (kv, h)),
             ]
-        return [*found, ("model.norm.weight", (h,)), ("lm_head.weight", (self.vocabulary, h))]
+        found += [("model.norm.weight", (h,)), ("lm_head.weight", (self.vocabulary, h))]
+        return sorted(found)  # as the official library writes them
 
 
 SIZES = {

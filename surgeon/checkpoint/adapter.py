@@ -10,6 +10,8 @@ an intermediate bfloat16 model. Sources: Hu et al. 2021 (2106.09685), Kalajdziev
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import re
 from dataclasses import dataclass
@@ -79,6 +81,9 @@ class AdapterView:
         self.tensors: dict[str, TensorInfo] = dict(base.tensors)
         self._low: dict[str, _Low] = {}
         self._replaced: dict[str, np.ndarray] = {}
+        self.identity = hashlib.sha256(
+            (getattr(base, "identity", "") + json.dumps(config, sort_keys=True)).encode()
+        ).hexdigest()
         self._refuse_unsupported(config, folder)
         self._load(stored, config, folder)
         stored.close()
@@ -152,6 +157,9 @@ class AdapterView:
             return self._misfit(target, (b.shape[0], a.shape[-1]), where)
         rank = a.shape[0]
         alpha = _pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", rank))
+        if not rank or isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+            return InputError("E338", f"the adapter's scale for {printable(module)} is no number: {str(alpha)!r:.40} / {rank}",
+                              where=where, help="lora_alpha in adapter_config.json must be a number")  # fmt: skip
         scale = float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
         magnitude = None
         if config.get("use_dora"):
@@ -180,15 +188,18 @@ class AdapterView:
         return self._base.read_bytes(name, start, stop)
 
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
-        if name in self._replaced:
-            return self._replaced[name][start:stop].copy()
         low = self._low.get(name)
+        if low is None and name in self._replaced:
+            return self._replaced[name][start:stop].copy()
         if low is None:
             return self._base.read(name, start, stop)
         columns = self.tensors[name].shape[-1]
         first, last = start // columns, -(-stop // columns)
         info = self._base.tensors[name]
-        base = widen(self._base.read(name, first * columns, last * columns), info.dtype).astype(np.float32)
+        if name in self._replaced:  # an adapter may store the layer it was trained on, too
+            base = self._replaced[name][first * columns : last * columns]
+        else:
+            base = widen(self._base.read(name, first * columns, last * columns), info.dtype).astype(np.float32)
         weight = base.reshape(-1, columns)
         if low.transposed:  # W.T = B A, so rows of W are columns of B A
             weight = weight + np.float32(low.scale) * (low.a[:, first:last].T @ low.b.T)
@@ -204,6 +215,10 @@ def _pattern(patterns: Any, module: str, default: Any) -> Any:
     """Return the entry whose key is the module's name or its tail, as peft matches alpha_pattern."""
     if isinstance(patterns, dict):
         for key, value in patterns.items():
-            if re.fullmatch(rf"(.*\.)?({key})", module):
+            try:
+                found = re.fullmatch(rf"(.*\.)?({key})", module)
+            except re.error:
+                found = module == key or module.endswith(f".{key}")
+            if found:
                 return value
     return default

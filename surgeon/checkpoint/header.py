@@ -185,7 +185,7 @@ def _broken(path: Path, reason: str, tensor: str | None = None) -> InputError:
     return InputError(
         "E304",
         f"{path.name} is not a valid safetensors file: {reason}",
-        where=Where(str(path), tensor=printable(tensor) if tensor is not None else None),
+        where=Where(str(path), tensor=_short(tensor) if tensor is not None else None),
         help="the file is damaged or was written by a faulty program; fetch it again",
     )
 
@@ -193,6 +193,10 @@ def _broken(path: Path, reason: str, tensor: str | None = None) -> InputError:
 def printable(text: str) -> str:
     """Return text with control characters escaped, so that names cannot drive a terminal (G7)."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _short(text: str) -> str:
+    return printable(text if len(text) <= 80 else text[:77] + "...")
 
 
 def _parse(path: Path, raw: bytes, data_start: int, size: int):
@@ -204,11 +208,13 @@ def _parse(path: Path, raw: bytes, data_start: int, size: int):
         if len(keys) != len(pairs):
             names = [k for k, _ in pairs]
             twice = next(n for n in names if names.count(n) > 1) if len(names) < 1000 else _first_twice(names)
-            raise _broken(path, f'the name "{printable(twice)}" occurs twice', twice)
+            raise _broken(path, f'the name "{_short(twice)}" occurs twice', twice)
         return keys
 
-    if raw.count(b"{") > MAX_TENSORS + 2:
-        raise _broken(path, f"more than {MAX_TENSORS:,} tensors")
+    # Cheap bounds before json builds objects that are 20 times as large as their text.
+    for sign, most in ((b"{", MAX_TENSORS + 2), (b"[", 2 * MAX_TENSORS), (b'"', 12 * MAX_TENSORS)):
+        if raw.count(sign) > most:
+            raise _broken(path, f"more than {MAX_TENSORS:,} tensors, or as much in metadata")
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -256,13 +262,13 @@ def _is_size(value: object) -> bool:
 def _entry(path: Path, name: str, entry: object, data_start: int) -> tuple[TensorInfo, int, int]:
     check_name(path, name)
     if not isinstance(entry, dict) or set(entry) != _ENTRY_KEYS:
-        found = ", ".join(sorted(map(str, entry))) if isinstance(entry, dict) else type(entry).__name__
+        found = _short(", ".join(sorted(entry))) if isinstance(entry, dict) else type(entry).__name__
         raise _broken(path, f"an entry must have exactly dtype, shape, data_offsets (found {found})", name)
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise InputError(
             "E307",
-            f"{path.name} uses an unknown data type {dtype!r}",
+            f"{path.name} uses an unknown data type {dtype!r:.80}",
             where=Where(str(path), tensor=printable(name)),
             help="a newer surgeon may know it; " + ", ".join(sorted(DTYPES)) + " are supported",
         )

@@ -5,7 +5,7 @@ file. When a folder has both and the single file is not part of the index, nobod
 which one is the model: that is refused unless the caller chooses (``weights``).
 
 Codes: E301 missing, E302 incomplete, E305.. elsewhere, E309 index contradicts the shards,
-E310 ambiguous weights, E331 pickle only, E332 adapter, E333 GGUF.
+E310 ambiguous weights, E336 link out of the model, E331 pickle only, E332 adapter, E333 GGUF.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from surgeon.checkpoint.companions import allowed_roots, check_link
 from surgeon.checkpoint.header import Header, TensorInfo, printable, read_header
 from surgeon.checkpoint.strict_json import read_json_object
 from surgeon.errors import InputError, Where, raise_all
@@ -21,6 +22,7 @@ from surgeon.errors import InputError, Where, raise_all
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 _ADAPTER_FILES = {"adapter_model.safetensors", "adapters.safetensors"}
+_OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack")
 _OTHER_COPIES = re.compile(r"(^consolidated|\.fp16\.|\.fp32\.|\.bf16\.|_fp16|_fp32)", re.IGNORECASE)
 
 
@@ -53,12 +55,17 @@ def read_folder(
     files = sorted(p for p in folder.iterdir() if p.name.endswith(".safetensors"))
     candidates = [p for p in files if p.name not in _ADAPTER_FILES]
     notes: list[str] = []
+    if candidates:
+        aside = [p.name for p in files if p.name in _ADAPTER_FILES]
+        aside += sorted(p.name for p in folder.iterdir() if p.name.endswith(_OTHER_FORMATS))
+        notes.extend(f"ignoring {printable(name)} beside the model's own weights" for name in aside)
     index = _choose_index(folder, indices, notes)
     if index is not None and weights != "single":
         return _from_index(folder, index, candidates, weights, ignore_unlisted, repo, notes)
     if index is not None:
         notes.append(f"using the single file, not {index.name}")
-    single = _choose_single(folder, candidates, notes)
+    single = _choose_single(folder, candidates, notes, chosen=weights == "single")
+    check_link(single, allowed_roots(folder))
     header = read_header(single)
     return Weights((header,), header.tensors, None, tuple(notes))
 
@@ -79,13 +86,13 @@ def _choose_index(folder: Path, indices: list[Path], notes: list[str]) -> Path |
     )
 
 
-def _choose_single(folder: Path, candidates: list[Path], notes: list[str]) -> Path:
+def _choose_single(folder: Path, candidates: list[Path], notes: list[str], chosen: bool) -> Path:
     named = [p for p in candidates if p.name == SINGLE_NAME]
     if named:
         others = [p for p in candidates if p.name != SINGLE_NAME]
         _note_copies(others, notes)
         shards = [p for p in others if re.search(r"-\d{5}-of-\d{5}\.safetensors$", p.name)]
-        if shards:
+        if shards and not chosen:
             raise InputError(
                 "E310",
                 f"{folder} has {SINGLE_NAME} and shards without an index ({shards[0].name}, ...)",
@@ -108,7 +115,7 @@ def _choose_single(folder: Path, candidates: list[Path], notes: list[str]) -> Pa
 
 
 def _note_copies(others: list[Path], notes: list[str]) -> None:
-    notes.extend(f"ignoring {p.name} beside the model's own weights" for p in others)
+    notes.extend(f"ignoring {printable(p.name)} beside the model's own weights" for p in others)
 
 
 def _no_weights(folder: Path) -> InputError:
@@ -163,6 +170,7 @@ def _from_index(
     repo: str | None,
     notes: list[str],
 ) -> Weights:
+    check_link(index, allowed_roots(folder))
     content = read_json_object(index)
     weight_map = content.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -201,6 +209,9 @@ def _from_index(
             + source
             + "".join(f' --include "{m}"' for m in missing[:3]),
         )
+    roots = allowed_roots(folder)
+    for shard in shards:
+        check_link(folder / shard, roots)
     headers = tuple(read_header(folder / s) for s in shards)
     tensors: dict[str, TensorInfo] = {}
     findings: list[InputError] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from typing import Any
 
@@ -21,6 +22,7 @@ COMMANDS = {
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; ends the process with an exit code of `surgeon.errors`."""
+    _fill_closed_streams()
     given = list(sys.argv[1:] if arguments is None else arguments)
     name = next((a for a in given if not a.startswith("-")), None)
     if not given or (name is None and given[0] in {"-h", "--help"}) or given[0] in {"-h", "--help"}:
@@ -35,6 +37,20 @@ def main(arguments: list[str] | None = None) -> None:
         unknown(given[0])
         return
     sys.exit(run(name, given[1:]))
+
+
+def _fill_closed_streams() -> None:
+    """Give closed standard streams a place to write to (fault A4).
+
+    Else the next file that is opened gets their number, and what is meant for stderr lands in a weight file.
+    """
+    descriptor = os.open(os.devnull, os.O_RDWR)
+    while descriptor <= 2:
+        descriptor = os.open(os.devnull, os.O_RDWR)
+    os.close(descriptor)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
 
 
 def print_help() -> None:

@@ -53,7 +53,7 @@ def run_command(out: Output, command: str, work: Callable[[], dict[str, Any] | N
     code = int(document.pop("exit_code", 0))
     if out.json_mode:
         out.document(
-            {"schema": 1, "command": command, "status": "ok", "exit_code": code, **document, "error": None}
+            {"schema": 1, "command": command, "status": "ok", "exit_code": code, "error": None, **document}
         )
     return code
 

@@ -9,7 +9,7 @@ import typer
 
 from surgeon.cli import options as o
 from surgeon.cli.errors import run_command, stop_on_signals
-from surgeon.cli.output import Output, number, size
+from surgeon.cli.output import Output, number, plain, size
 from surgeon.errors import UsageError
 
 
@@ -132,6 +132,9 @@ def merge(
                 raise UsageError("E208", f"{', '.join(named)} cannot be combined with a YAML file",
                                  help="set it in the YAML, or name the models on the command line")  # fmt: skip
             return run_yaml(out, models[0], common, settings)
+        if models[0].endswith((".yml", ".yaml")):
+            raise UsageError("E208", "a YAML file stands alone; it names its models itself",
+                             help=f"surgeon merge {models[0]} -o {models[1] if len(models) == 2 else 'OUT'}")  # fmt: skip
         if len(models) < 2 and base is None and method != "passthrough":
             raise UsageError("E205", f"a merge needs at least two models, {len(models)} given",
                              help="surgeon merge LONG SHORT --method ties -o OUT, or surgeon merge CONFIG.yml -o OUT")  # fmt: skip
@@ -305,9 +308,9 @@ def report(out: Output, plan: Any, described: dict[str, Any], outcome: Any) -> d
     for path in outcome.models.values():
         out.line(f"wrote     {path}")
     if not out.quiet and not outcome.unchanged:
-        out.log(f"A merged model must be evaluated before use; check it first: surgeon verify {outcome.path} --generate"
+        out.log(f"A merged model must be evaluated before use; check it first: surgeon verify {plain(outcome.path)} --generate"
                 if outcome.path.is_dir() else
-                f"A merged model must be evaluated before use; compare it first: surgeon diff {outcome.path} MODEL --values")  # fmt: skip
+                f"A merged model must be evaluated before use; compare it first: surgeon diff {plain(outcome.path)} MODEL --values")  # fmt: skip
     digests = {
         name: d
         for b in outcome.manifests.values()

@@ -11,7 +11,9 @@ from surgeon.merge.request import MergeRequest
 from surgeon.merge.spec import MergeSpec, ModelRef, TokenizerSpec
 
 
-def run_documents(out: Output, specs: list[MergeSpec], request: MergeRequest, settings: Any) -> dict[str, Any]:
+def run_documents(
+    out: Output, specs: list[MergeSpec], request: MergeRequest, settings: Any
+) -> dict[str, Any]:
     """Run the documents in dependency order.
 
     The unnamed document's result goes to the output; named ones lie in ``OUTPUT.work/NAME``,
@@ -30,18 +32,34 @@ def run_documents(out: Output, specs: list[MergeSpec], request: MergeRequest, se
     for spec in in_order(specs):
         target = final if spec.name is None else results[spec.name]
         out.note(f"document {spec.name or '(final)'} -> {target}")
-        waiting = [str(ref) for ref in spec.models() if ref.path in results and not results[ref.path].exists()]
+        waiting = [
+            str(ref) for ref in spec.models() if ref.path in results and not results[ref.path].exists()
+        ]
         if settings.dry_run and waiting:
-            out.note(f"it uses {', '.join(waiting)}, which a dry run does not make: it cannot be planned further")
+            out.note(
+                f"it uses {', '.join(waiting)}, which a dry run does not make: it cannot be planned further"
+            )
             documents.append({"name": spec.name, "status": "dry-run", "waits_for": waiting})
             continue
+        written = target
         if not settings.dry_run:
             target.parent.mkdir(parents=True, exist_ok=True)
+        elif not target.parent.exists():
+            # A dry run makes no folders: space and rights are those of the nearest place that exists.
+            written = place.with_name(f"{place.name}.{spec.name}")
         planned = api.plan_spec(_resolved(spec, results), request, title=spec.name or final.name)
         own = type(settings)(
-            str(target), settings.overwrite, settings.resume, settings.dry_run, settings.threads, settings.memory_limit
+            str(written),
+            settings.overwrite,
+            settings.resume,
+            settings.dry_run,
+            settings.threads,
+            settings.memory_limit,
         )
-        documents.append({"name": spec.name, **finish(out, planned, own, request.strict)})
+        document = finish(out, planned, own, request.strict)
+        if settings.dry_run:
+            document["output"] = {"path": str(target)}
+        documents.append({"name": spec.name, **document})
     return {**documents[-1], "documents": documents}
 
 

@@ -117,8 +117,9 @@ class Output:
             stream.flush()
         except UnicodeEncodeError:
             stream.write(text.encode("ascii", "backslashreplace").decode())
-        except (BrokenPipeError, ValueError):
-            # The reader went away; the work goes on. Keep the interpreter's own flush at exit quiet, too.
+        except (OSError, ValueError):
+            # The reader went away or its disk is full; the work goes on. Keep the interpreter's own flush
+            # at exit quiet, too.
             with contextlib.suppress(OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 

@@ -16,6 +16,7 @@ import numpy as np
 from numba import njit
 
 PIECE = 2048
+HIGH_BINS = 1 << 16
 LANES = 64
 OPTIONS = {"nogil": True, "cache": True, "boundscheck": False, "fastmath": False, "error_model": "numpy"}
 INNER = njit(error_model="numpy", boundscheck=False, nogil=True)
@@ -50,20 +51,22 @@ def _round_piece(bits, count):
 
 @INNER
 def _load(source, shift, start, count, bits, narrow):
+    piece = source[start : start + count]  # a slice: indices that may be negative cannot be vectorised
     for j in range(count):
-        bits[j] = np.uint32(source[start + j]) << shift
+        bits[j] = np.uint32(piece[j]) << shift
     if narrow:
         _round_piece(bits, count)
 
 
 @INNER
 def _store(bits, count, out, start, out_shift):
+    piece = out[start : start + count]
     if out_shift:
         for j in range(count):
-            out[start + j] = _rounded(bits[j]) >> U16
+            piece[j] = _rounded(bits[j]) >> U16
     else:
         for j in range(count):
-            out[start + j] = bits[j]
+            piece[j] = bits[j]
 
 
 @INNER
@@ -136,6 +139,7 @@ def delta_high(base, other, shift, narrow, histogram):
 @njit(**OPTIONS)
 def delta_low(base, other, shift, narrow, wanted, counts):
     """Count the lower 15 magnitude bits of other - base inside bin ``wanted``."""
+    inside = np.empty(PIECE + 1, np.uint32)
     base_bits = np.empty(PIECE, np.uint32)
     base_value = base_bits.view(np.float32)
     bits = np.empty(PIECE, np.uint32)
@@ -151,10 +155,13 @@ def delta_low(base, other, shift, narrow, wanted, counts):
                 found += np.uint32(((bits[j] & MAGNITUDE) >> LOW) == wanted)
             counts[0] += found
         else:
+            found = 0
             for j in range(count):
                 key = bits[j] & MAGNITUDE
-                if (key >> LOW) == wanted:
-                    counts[key & LOW_MASK] += U1
+                inside[found] = key & LOW_MASK
+                found += np.int64((key >> LOW) == wanted)
+            for n in range(found):
+                counts[inside[n]] += U1
 
 
 @INLINE
@@ -185,15 +192,17 @@ def _spread(bits, count, key, quota, ties, phase, keep):
         for j in range(count):
             keep[j] |= np.uint32((bits[j] & MAGNITUDE) == key)
     elif equal and quota > 0:
+        # First where the ties are, without a branch that cannot be predicted; then only those.
+        where = np.empty(PIECE + 1, np.uint32)
+        found = 0
         for j in range(count):
-            tied = (bits[j] & MAGNITUDE) == key
-            moved = phase + quota
-            full = moved >= ties
-            if full:
-                moved -= ties
-            if tied:
-                phase = moved
-                keep[j] |= np.uint32(full)
+            where[found] = np.uint32(j)
+            found += np.int64((bits[j] & MAGNITUDE) == key)
+        for n in range(found):
+            phase += quota
+            less = phase - ties
+            keep[where[n]] = np.uint32(less >= 0)
+            phase = less if less >= 0 else phase
     return phase
 
 
@@ -240,9 +249,7 @@ def _mask(mode, bits, delta, count, first, keep, limits, phases):
             counter = np.uint64(first + j + 1) * gamma + seed
             keep[j] = np.uint32(_mix(counter) < bound)
     elif mode == ABOVE:
-        phases[0] = _spread(
-            bits, count, np.uint32(limits[0]), limits[1], limits[2], phases[0], keep
-        )
+        phases[0] = _spread(bits, count, np.uint32(limits[0]), limits[1], limits[2], phases[0], keep)
     elif limits[6]:
         phases[0], phases[1] = _band(
             bits, count, np.uint32(limits[0]), limits[1], limits[2], phases[0],
@@ -250,12 +257,8 @@ def _mask(mode, bits, delta, count, first, keep, limits, phases):
         )  # fmt: skip
     else:
         other = np.empty(PIECE, np.uint32)
-        phases[0] = _spread(
-            bits, count, np.uint32(limits[0]), limits[1], limits[2], phases[0], keep
-        )
-        phases[1] = _spread(
-            bits, count, np.uint32(limits[3]), limits[4], limits[5], phases[1], other
-        )
+        phases[0] = _spread(bits, count, np.uint32(limits[0]), limits[1], limits[2], phases[0], keep)
+        phases[1] = _spread(bits, count, np.uint32(limits[3]), limits[4], limits[5], phases[1], other)
         for j in range(count):
             keep[j] &= ~other[j] & U1
     for j in range(count):
@@ -333,8 +336,9 @@ def delta_l1(base, other, shift, narrow, mode, first, limits, phases, ranked, be
         _delta(other, shift, start, count, base_value, value, bits, narrow)
         _add_magnitudes(value, count, before)
         if mode == RANKED:
+            kept = ranked[start : start + count]
             for j in range(count):
-                value[j] = value[j] if ranked[start + j] else F0
+                value[j] = value[j] if kept[j] else F0
         else:
             _mask(mode, bits, value, count, first + start, keep, limits, phases)
         _add_magnitudes(value, count, after)
@@ -344,8 +348,9 @@ def delta_l1(base, other, shift, narrow, mode, first, limits, phases, ranked, be
 def _add_magnitudes(value, count, lanes):
     whole = count // LANES
     for r in range(whole):
+        row = value[r * LANES : (r + 1) * LANES]
         for lane in range(LANES):
-            lanes[lane] += np.float64(abs(value[r * LANES + lane]))
+            lanes[lane] += np.float64(abs(row[lane]))
     for j in range(whole * LANES, count):
         lanes[j - whole * LANES] += np.float64(abs(value[j]))
 
@@ -377,8 +382,9 @@ def task_vectors(arrays, shift, narrow, modes, first, limits, phases, ranked, sc
             value = part_value[i]
             _delta(arrays[i + 1], shift, start, count, base_value, value, bits, narrow)
             if modes[i] == RANKED:
+                kept = ranked[i, start : start + count]
                 for j in range(count):
-                    value[j] = value[j] if ranked[i, start + j] else F0
+                    value[j] = value[j] if kept[j] else F0
             else:
                 _mask(modes[i], bits, value, count, first + start, keep, limits[i], phases[i])
             if scales[i] != F1:
@@ -464,9 +470,10 @@ def gram(arrays, shift, narrow, has_base, sums):
                 right = value[k]
                 lanes = sums[pair]
                 for r in range(whole):
+                    a = left[r * LANES : (r + 1) * LANES]
+                    b = right[r * LANES : (r + 1) * LANES]
                     for lane in range(LANES):
-                        at = r * LANES + lane
-                        lanes[lane] += np.float64(left[at]) * np.float64(right[at])
+                        lanes[lane] += np.float64(a[lane]) * np.float64(b[lane])
                 for at in range(whole * LANES, count):
                     lanes[at - whole * LANES] += np.float64(left[at]) * np.float64(right[at])
                 pair += 1
@@ -504,3 +511,161 @@ def combine(arrays, shift, narrow, has_base, coefficients, out, out_shift):
         if narrow:
             _round_piece(total_bits, count)
         _store(total_bits, count, out, start, out_shift)
+
+
+@INNER
+def _deltas(arrays, shift, start, count, narrow, base_bits, base_value, part_bits, part_value):
+    _load(arrays[0], shift, start, count, base_bits, narrow)
+    for i in range(len(arrays) - 1):
+        _delta(arrays[i + 1], shift, start, count, base_value, part_value[i], part_bits[i], narrow)
+
+
+@INNER
+def _variance(part_value, count, narrow, mean, square, bits, value):
+    """Fill ``value`` (bits in ``bits``) with the variance across models, by Welford's recurrence in float64."""
+    vectors = len(part_value)
+    for j in range(count):
+        mean[j] = 0.0
+        square[j] = 0.0
+    for i in range(vectors):
+        delta = part_value[i]
+        number = np.float64(i + 1)
+        for j in range(count):
+            step = np.float64(delta[j]) - mean[j]
+            mean[j] += step / number
+            square[j] += step * (np.float64(delta[j]) - mean[j])
+    divisor = np.float64(vectors)
+    for j in range(count):
+        value[j] = np.float32(square[j] / divisor)
+    if narrow:
+        _round_piece(bits, count)
+
+
+@njit(**OPTIONS)
+def variance_count(arrays, shift, narrow, wanted, histogram, counts):
+    """Count variances across task vectors (arrays[0] is the base).
+
+    ``wanted`` < 0: the upper 16 magnitude bits into ``histogram``, whose last entry counts the non-zero
+    ones; else the lower 15 bits inside bin ``wanted`` into ``counts``.
+    """
+    vectors = len(arrays) - 1
+    base_bits = np.empty(PIECE, np.uint32)
+    part_bits = np.empty((vectors, PIECE), np.uint32)
+    bits = np.empty(PIECE, np.uint32)
+    mean = np.empty(PIECE)
+    square = np.empty(PIECE)
+    base_value = base_bits.view(np.float32)
+    part_value = part_bits.view(np.float32)
+    value = bits.view(np.float32)
+    elements = len(arrays[0])
+    for start in range(0, elements, PIECE):
+        count = min(PIECE, elements - start)
+        _deltas(arrays, shift, start, count, narrow, base_bits, base_value, part_bits, part_value)
+        _variance(part_value, count, narrow, mean, square, bits, value)
+        if wanted < 0:
+            for j in range(count):
+                key = bits[j] & MAGNITUDE
+                histogram[key >> LOW] += 1
+                histogram[HIGH_BINS] += np.int64(key != U0)
+        else:
+            for j in range(count):
+                key = bits[j] & MAGNITUDE
+                if np.int64(key >> LOW) == wanted:
+                    counts[key & LOW_MASK] += U1
+
+
+@njit(**OPTIONS)
+def selected_squares(arrays, shift, narrow, mode, limits, phases, sums):
+    """Add the squares of each task vector's selected entries to its lanes."""
+    vectors = len(arrays) - 1
+    base_bits = np.empty(PIECE, np.uint32)
+    part_bits = np.empty((vectors, PIECE), np.uint32)
+    bits = np.empty(PIECE, np.uint32)
+    keep = np.empty(PIECE, np.uint32)
+    mean = np.empty(PIECE)
+    square = np.empty(PIECE)
+    base_value = base_bits.view(np.float32)
+    part_value = part_bits.view(np.float32)
+    value = bits.view(np.float32)
+    elements = len(arrays[0])
+    for start in range(0, elements, PIECE):
+        count = min(PIECE, elements - start)
+        _deltas(arrays, shift, start, count, narrow, base_bits, base_value, part_bits, part_value)
+        if mode == ABOVE:
+            _variance(part_value, count, narrow, mean, square, bits, value)
+            phases[0] = _spread(bits, count, np.uint32(limits[0]), limits[1], limits[2], phases[0], keep)
+        for i in range(vectors):
+            delta = part_value[i]
+            if mode == ABOVE:
+                for j in range(count):
+                    value[j] = delta[j] * delta[j] if keep[j] else F0
+            else:
+                for j in range(count):
+                    value[j] = delta[j] * delta[j]
+            if narrow:
+                _round_piece(bits, count)
+            _add_magnitudes(value, count, sums[i])
+
+
+@njit(**OPTIONS)
+def elected_mean(arrays, shift, narrow, mode, limits, phases, weights, tiny, out, out_shift):
+    """The map of SCE: select by variance, elect signs, average what agrees. See `surgeon.merge.methods.sce`."""
+    vectors = len(arrays) - 1
+    base_bits = np.empty(PIECE, np.uint32)
+    part_bits = np.empty((vectors, PIECE), np.uint32)
+    bits = np.empty(PIECE, np.uint32)
+    keep = np.empty(PIECE, np.uint32)
+    total_bits = np.empty(PIECE, np.uint32)
+    mixed_bits = np.empty(PIECE, np.uint32)
+    share_bits = np.empty(PIECE, np.uint32)
+    mean = np.empty(PIECE)
+    square = np.empty(PIECE)
+    base_value = base_bits.view(np.float32)
+    part_value = part_bits.view(np.float32)
+    value = bits.view(np.float32)
+    total = total_bits.view(np.float32)
+    mixed = mixed_bits.view(np.float32)
+    share = share_bits.view(np.float32)
+    elements = len(out)
+    for start in range(0, elements, PIECE):
+        count = min(PIECE, elements - start)
+        _deltas(arrays, shift, start, count, narrow, base_bits, base_value, part_bits, part_value)
+        if mode == ABOVE:
+            _variance(part_value, count, narrow, mean, square, bits, value)
+            phases[0] = _spread(bits, count, np.uint32(limits[0]), limits[1], limits[2], phases[0], keep)
+        for j in range(count):
+            total[j] = F0
+            mixed[j] = F0
+            share[j] = F0
+        for i in range(vectors):
+            delta = part_value[i]
+            if mode == ABOVE:
+                for j in range(count):
+                    delta[j] = delta[j] if keep[j] else F0
+            for j in range(count):
+                total[j] += delta[j]
+        if narrow:
+            _round_piece(total_bits, count)
+        for i in range(vectors):
+            delta = part_value[i]
+            weight = weights[i]
+            for j in range(count):
+                value[j] = delta[j] * weight
+            if narrow:
+                _round_piece(bits, count)
+            for j in range(count):
+                agrees = (delta[j] > F0) if total[j] >= F0 else (delta[j] < F0)
+                mixed[j] += value[j] if agrees else F0
+                share[j] += weight if agrees else F0
+        if narrow:
+            _round_piece(share_bits, count)
+            _round_piece(mixed_bits, count)
+        for j in range(count):
+            mixed[j] /= share[j] if share[j] > tiny else tiny
+        if narrow:
+            _round_piece(mixed_bits, count)
+        for j in range(count):
+            mixed[j] = base_value[j] - (F0 - mixed[j])
+        if narrow:
+            _round_piece(mixed_bits, count)
+        _store(mixed_bits, count, out, start, out_shift)

@@ -7,8 +7,10 @@ to keep its cache, and the run must be large enough to pay for loading it (`prep
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -59,6 +61,26 @@ def _kernels() -> ModuleType | None:
     return _module
 
 
+def _guarded(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Turn a failure to compile, or to use the cache of compiled code, into "NumPy must do it".
+
+    The kernels themselves raise nothing; a full disk or a damaged cache file must not end a merge.
+    """
+
+    @functools.wraps(function)
+    def call(*arguments: Any) -> Any:
+        global _broken
+        try:
+            return function(*arguments)
+        except MemoryError:
+            raise
+        except Exception:
+            _broken = True
+            return None
+
+    return call
+
+
 def _operands(block: Any, indices: tuple[int, ...], work: str) -> tuple[tuple[np.ndarray, ...], Any] | None:
     """Return the inputs as bits and the shift that widens them, or None for types without a kernel."""
     if work not in {"F32", "BF16"} or block.stop == block.start:
@@ -84,14 +106,16 @@ def _result(block: Any, bits: bool) -> tuple[np.ndarray, np.ndarray, bool]:
     return values, values.view(np.uint32), False
 
 
+@_guarded
 def nonfinite(raw: np.ndarray, code: str) -> bool | None:
     """Return whether a block holds NaN or Inf; None where NumPy must look."""
-    kernels = _module if _forced is not False else None  # a look at small data loads nothing
+    kernels = _module if _forced is not False and not _broken else None  # small data loads nothing
     if kernels is None or code != "BF16" or raw.dtype != np.uint16 or not raw.flags.c_contiguous:
         return None
     return bool(kernels.nonfinite16(raw))
 
 
+@_guarded
 def linear(block: Any, weights: tuple[float, ...], normalize: bool, work: str) -> np.ndarray | None:
     """See `surgeon.merge.methods.linear.Linear.map`."""
     kernels = _kernels()
@@ -107,6 +131,7 @@ def linear(block: Any, weights: tuple[float, ...], normalize: bool, work: str) -
     return result
 
 
+@_guarded
 def delta_histogram(block: Any, other: int, base: int, work: str) -> np.ndarray | None:
     """Return `select.high_histogram` of the magnitudes of one task vector."""
     kernels = _kernels()
@@ -116,9 +141,10 @@ def delta_histogram(block: Any, other: int, base: int, work: str) -> np.ndarray 
     (b, x), shift = operands
     counts = np.zeros((2, select.HIGH_BINS), np.uint32)
     kernels.delta_high(b, x, shift, work == "BF16", counts)
-    return counts.sum(axis=0, dtype=np.int64)
+    return (counts[0] + counts[1]).astype(np.int64)
 
 
+@_guarded
 def delta_low_counts(
     block: Any, other: int, base: int, work: str, bins: list[int]
 ) -> list[tuple[np.ndarray, np.ndarray]] | None:
@@ -174,6 +200,7 @@ def _limits(operation: Any, block: Any, facts: Any, i: int, kernels: ModuleType)
     return kernels.BAND, limits, phases
 
 
+@_guarded
 def ranked_keep(operation: Any, block: Any, i: int) -> np.ndarray | None:
     """Return the mask of DELLA's drop by rank for one task vector."""
     kernels = _kernels()
@@ -192,6 +219,7 @@ def ranked_keep(operation: Any, block: Any, i: int) -> np.ndarray | None:
     return keep
 
 
+@_guarded
 def delta_l1(operation: Any, block: Any, facts: Any, i: int) -> tuple[float, float] | None:
     """Return sum |d| and sum |M d| of one task vector in lane order."""
     kernels = _kernels()
@@ -213,6 +241,7 @@ def delta_l1(operation: Any, block: Any, facts: Any, i: int) -> tuple[float, flo
     return float(lanes.collapse(before)), float(lanes.collapse(after))
 
 
+@_guarded
 def task_vectors(operation: Any, block: Any, facts: Any, bits: bool = True) -> np.ndarray | None:
     """See `surgeon.merge.task_vectors.TaskVectors.map`; ``bits`` allows the output's own type."""
     kernels = _kernels()
@@ -242,6 +271,7 @@ def task_vectors(operation: Any, block: Any, facts: Any, bits: bool = True) -> n
     return result
 
 
+@_guarded
 def gram(block: Any, inputs: tuple[int, ...], base: int | None, work: str) -> np.ndarray | None:
     """Return the Gram matrix [n, n] of inputs (or their differences from ``base``) in lane order."""
     kernels = _kernels()
@@ -258,6 +288,7 @@ def gram(block: Any, inputs: tuple[int, ...], base: int | None, work: str) -> np
     return result
 
 
+@_guarded
 def combine(
     block: Any, inputs: tuple[int, ...], base: int | None, coefficients: np.ndarray, work: str
 ) -> np.ndarray | None:
@@ -268,7 +299,81 @@ def combine(
     if kernels is None or operands is None:
         return None
     result, out, packed = _result(block, True)
-    kernels.combine(
-        *operands, work == "BF16", base is not None, coefficients.astype(np.float32), out, packed
+    kernels.combine(*operands, work == "BF16", base is not None, coefficients.astype(np.float32), out, packed)
+    return result
+
+
+@_guarded
+def variance_histogram(operation: Any, block: Any) -> np.ndarray | None:
+    """Return SCE's histogram of variances, with the number of non-zero ones after it."""
+    kernels = _kernels()
+    operands = _operands(block, (operation.base, *operation.others), operation.work) if kernels else None
+    if kernels is None or operands is None:
+        return None
+    histogram = np.zeros(select.HIGH_BINS + 1, np.int64)
+    kernels.variance_count(*operands, operation.work == "BF16", -1, histogram, np.zeros(1, np.uint32))
+    return histogram
+
+
+@_guarded
+def variance_low_counts(operation: Any, block: Any, wanted: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return `select.low_counts` of SCE's variances."""
+    kernels = _kernels() if wanted >= 0 else None
+    operands = _operands(block, (operation.base, *operation.others), operation.work) if kernels else None
+    if kernels is None or operands is None:
+        return None
+    counts = np.zeros(1 << select.LOW_BITS, np.uint32)
+    kernels.variance_count(*operands, operation.work == "BF16", wanted, np.zeros(1, np.int64), counts)
+    present = np.flatnonzero(counts)
+    return present.astype(np.uint16), counts[present].astype(np.int64)
+
+
+def _selection(operation: Any, block: Any, facts: Any, kernels: ModuleType):
+    """Return mode, limits and starting phases of SCE's mask, or None where nothing is selected."""
+    limits, phases = np.zeros(9, np.int64), np.zeros(2, np.int64)
+    if operation.topk >= 1:
+        return kernels.KEEP, limits, phases
+    threshold = facts.threshold if facts is not None else None
+    if operation.topk <= 0 or threshold is None or threshold.nothing:
+        return None
+    if threshold.everything:
+        return kernels.KEEP, limits, phases
+    limits[:3] = threshold.key, threshold.quota, threshold.ties
+    phases[0] = threshold.before[block.position, block.ordinal] * threshold.quota % threshold.ties
+    return kernels.ABOVE, limits, phases
+
+
+@_guarded
+def selected_squares(operation: Any, block: Any, facts: Any) -> np.ndarray | None:
+    """Return the sum of squares of each of SCE's selected task vectors, in lane order."""
+    kernels = _kernels()
+    chosen = _selection(operation, block, facts, kernels) if kernels else None
+    operands = _operands(block, (operation.base, *operation.others), operation.work) if chosen else None
+    if kernels is None or chosen is None or operands is None:
+        return None
+    sums = np.zeros((len(operation.others), lanes.LANES))
+    kernels.selected_squares(*operands, operation.work == "BF16", *chosen, sums)
+    return lanes.collapse(sums)
+
+
+@_guarded
+def elected_mean(
+    operation: Any, block: Any, facts: Any, weights: np.ndarray, tiny: np.float32
+) -> np.ndarray | None:
+    """See `surgeon.merge.methods.sce.Sce.map`."""
+    kernels = _kernels()
+    chosen = _selection(operation, block, facts, kernels) if kernels else None
+    operands = _operands(block, (operation.base, *operation.others), operation.work) if chosen else None
+    if kernels is None or chosen is None or operands is None:
+        return None
+    result, out, packed = _result(block, True)
+    kernels.elected_mean(
+        *operands,
+        operation.work == "BF16",
+        *chosen,
+        weights.astype(np.float32),
+        np.float32(tiny),
+        out,
+        packed,
     )
     return result

@@ -1,1 +1,21 @@
-"""Merging checkpoints: from a request to a Plan."""
+"""Merging checkpoints: from a request to a Plan.
+
+``surgeon.merge(...)`` is a function of `surgeon.api`, and importing anything from this package puts
+the package under the same name: so the package can be called, too.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import Any
+
+
+class _Package(ModuleType):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        from surgeon.api import merge
+
+        return merge(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -16,7 +16,7 @@ from surgeon.architectures import get as architecture_of
 from surgeon.architectures.traits import embedding_name, head_name, is_tied, quantized, text_section
 from surgeon.checkpoint.checkpoint import Checkpoint
 from surgeon.checkpoint.header import printable
-from surgeon.errors import InputError, SurgeonError, Where
+from surgeon.errors import InputError, SurgeonError, Where, raise_all
 
 _MUST_AGREE = ("rope", "head_dim", "sliding_window", "partial_rotary_factor")
 """Positions and heads mean something else where these differ: no weight average can be right."""
@@ -26,6 +26,7 @@ _SIZES = (
     "num_key_value_heads", "intermediate_size", "n_inner", "moe_intermediate_size", "num_experts", "num_local_experts",
     "n_routed_experts", "num_experts_per_tok", "head_dim",
 )  # fmt: skip
+_DEPTHS = {"num_hidden_layers", "n_layer"}
 _NEVER_MATTERS = {
     "_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "architectures", "bos_token_id",
     "eos_token_id", "pad_token_id", "vocab_size", "tie_word_embeddings", "max_position_embeddings", "surgeon",
@@ -47,8 +48,19 @@ def check_inputs(checkpoints: Mapping[str, Checkpoint], findings: Findings, *, a
         if checkpoint.config is not None:
             shapes = {n: (t.dtype, t.shape) for n, t in checkpoint.tensors.items()}
             kinds: dict[str, list[conformance.Finding]] = {}
+            unknown: list[str] = []
             for finding in conformance.check(checkpoint.config, shapes):
-                kinds.setdefault(finding.severity, []).append(finding)
+                if finding.kind == "unexpected-tensor" and finding.tensor:
+                    unknown.append(finding.tensor)
+                else:
+                    kinds.setdefault(finding.severity, []).append(finding)
+            if unknown:
+                # Fault E2: carried along, never dropped; what no loader reads must be said, though.
+                listing = ", ".join(map(printable, unknown[:3])) + (", ..." if len(unknown) > 3 else "")
+                findings.warnings.append(
+                    f"{checkpoint.label}: {len(unknown)} tensors have no place in a model with this config.json; they are "
+                    f"merged or copied like all others: {listing}"
+                )
             for finding in kinds.get("error", []):
                 findings.errors.append(
                     InputError("E343", f"{checkpoint.label}: {finding.message}",
@@ -68,12 +80,18 @@ def check_inputs(checkpoints: Mapping[str, Checkpoint], findings: Findings, *, a
 
 
 def compare_configs(
-    structure: str, checkpoints: Mapping[str, Checkpoint], findings: Findings, *, refuse: bool
+    structure: str,
+    checkpoints: Mapping[str, Checkpoint],
+    findings: Findings,
+    *,
+    refuse: bool,
+    sliced: bool = False,
 ) -> None:
     """Compare every config with the structure donor's (faults E11, rope and context conflicts).
 
     Args:
         refuse: disagreement about positions or heads is an error; else (mergekit YAML) a warning.
+        sliced: layers are chosen one by one, so that models of different depth may take part.
     """
     reference = checkpoints[structure]
     if reference.config is None:
@@ -84,10 +102,11 @@ def compare_configs(
             continue
         theirs = text_section(other.config)
         sizes = [
-            f"{k} {_short(ours.get(k))} / {_short(theirs.get(k))}"
+            f"{k} {short(ours.get(k))} / {short(theirs.get(k))}"
             for k in _SIZES
             if ours.get(k) is not None and theirs.get(k) is not None and ours[k] != theirs[k]
-        ]
+            and not (sliced and k in _DEPTHS)
+        ]  # fmt: skip
         if sizes:
             findings.errors.append(
                 InputError("E344", f"{reference.label} and {other.label} are different architectures: {'; '.join(sizes)}",
@@ -98,7 +117,7 @@ def compare_configs(
         mine, his = _positions(ours), _positions(theirs)
         for name in sorted({*mine, *his}):
             if mine.get(name) != his.get(name):
-                conflicts.append(f"{name} {_short(mine.get(name))} / {_short(his.get(name))}")
+                conflicts.append(f"{name} {short(mine.get(name))} / {short(his.get(name))}")
         if conflicts:
             text = f"{reference.label} and {other.label} disagree about positions: {'; '.join(conflicts)}"
             if refuse:
@@ -117,8 +136,8 @@ def compare_configs(
                 f"max_position_embeddings: {reference.label} {context[0]}, {other.label} {context[1]}"
             )
         rest = [
-            f"{k} {_short(ours.get(k))} / {_short(theirs.get(k))}"
-            for k in sorted({*ours, *theirs} - _NEVER_MATTERS)
+            f"{k} {short(ours.get(k))} / {short(theirs.get(k))}"
+            for k in sorted({*ours, *theirs} - _NEVER_MATTERS - (_DEPTHS if sliced else set()))
             if ours.get(k) != theirs.get(k) and not k.startswith(_MUST_AGREE)
             and not isinstance(ours.get(k, theirs.get(k)), (dict, list))
         ]  # fmt: skip
@@ -128,7 +147,8 @@ def compare_configs(
             )
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """Return a config value in a few characters."""
     text = json.dumps(value, sort_keys=True) if isinstance(value, (dict, list)) else str(value)
     return printable(text if len(text) <= 60 else text[:57] + "...")
 
@@ -199,3 +219,16 @@ def tied_copies_differ(checkpoint: Checkpoint) -> bool:
         if (checkpoint.read_bytes(head, start, stop) != checkpoint.read_bytes(embedding, start, stop)).any():
             return True
     return False
+
+
+def check_result(config: Mapping[str, Any] | None, shapes: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+    """Raise when the planned tensors are not those its config asks for (slices of unlike models)."""
+    if config is None or architecture_of(config.get("model_type")) is None:
+        return
+    errors = [
+        InputError("E342", f"the result would be no valid model: {finding.message}",
+                   help="the layers that are put together must have the same sizes")
+        for finding in conformance.check(config, shapes)
+        if finding.severity == "error" and finding.kind != "unexpected-tensor"
+    ]  # fmt: skip
+    raise_all(errors)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 from math import prod
@@ -33,6 +34,10 @@ class AlignedView:
         self.folder = inner.folder
         self.config = inner.config
         self.headers = inner.headers
+        digest = hashlib.sha256(getattr(inner, "identity", "").encode())
+        digest.update(plan.row_maps[key].source.tobytes() if key in plan.row_maps else b"")
+        digest.update(repr((plan.rows, sorted(plan.overrides.items()), plan.base, plan.pad_from)).encode())
+        self.identity = digest.hexdigest()
         self.tensors: dict[str, TensorInfo] = dict(inner.tensors)
         for name in self._aligned:
             info = inner.tensors[name]

@@ -96,12 +96,19 @@ def _unchanged(method: Method, bound: Sequence[tuple[str, Any]]) -> tuple[str, s
                 "choose density or lambda below 1, or name a third model with --base",
             )
         return None
-    ts = {getattr(op, "t", None) for op in operations}
-    if method.name in {"slerp", "interpolate"} and len(ts) == 1:
-        t = ts.pop()
-        if t in (0, 1) and method.name == "slerp":
-            return f"t {t:g} returns one of the models", "choose t between 0 and 1"
+    if method.name in {"slerp", "nearswap"}:
+        ts = {_t(op) for op in operations}
+        t = ts.pop() if len(ts) == 1 else None
+        if t == 0 or (t == 1 and method.name == "slerp"):
+            fix = "choose t between 0 and 1" if method.name == "slerp" else "choose t above 0"
+            return f"t {t:g} returns one of the models", fix
     return None
+
+
+def _t(op: Any) -> float | None:
+    """Return the interpolation parameter of an operation, its own or that of the rule it combines by."""
+    own = getattr(op, "t", None)
+    return own if own is not None else getattr(getattr(op, "solver", None), "t", None)
 
 
 def _whole(op: TaskVectors) -> bool:

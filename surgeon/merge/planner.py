@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from surgeon.architectures import get as architecture_of
-from surgeon.architectures.layered_config import num_layers, relayer_config
+from surgeon.architectures.layered_config import COUNT_KEYS, num_layers, relayer_config
 from surgeon.architectures.naming import layer_of, main_stack, relayer
 from surgeon.checkpoint.checkpoint import Checkpoint
 from surgeon.checkpoint.dtypes import CODES, CONFIG_NAMES, DTYPES, promote
@@ -114,9 +114,11 @@ def draft(
     structure = options.structure or spec.base_model or spec.models()[0]
     inputs = {keys[ref]: opened[ref] for ref in spec.models()}
     arithmetic = method.name != "passthrough"
-    align.check_inputs(inputs, findings, arithmetic=arithmetic)
-    if arithmetic:
-        align.compare_configs(keys[structure], inputs, findings, refuse=options.refuse_positions)
+    sliced = any(s.layer_range is not None for m in spec.modules for p in m.slices for s in p.sources)
+    if arithmetic or sliced:
+        align.compare_configs(
+            keys[structure], inputs, findings, refuse=options.refuse_positions, sliced=sliced
+        )
     for ref in spec.models():
         if align.tied_copies_differ(opened[ref]):
             findings.errors.append(
@@ -125,6 +127,7 @@ def draft(
             )  # fmt: skip
     # Sizes and positions first: aligning tensors of different architectures would only add noise.
     raise_all(findings.errors)
+    _check_layers(options.layers, opened[structure])
     origins, config = _origins(spec, opened, structure, findings)
     raise_all(findings.errors)
     _untie(spec, opened, structure, origins, config, findings)
@@ -154,6 +157,17 @@ def draft(
     )
 
 
+def _check_layers(layers: tuple[int, int] | None, donor: Checkpoint) -> None:
+    """Refuse --layers outside the model: nothing would be merged, or less than was meant (fault E10)."""
+    stack = main_stack(list(donor.tensors), donor.config or {})
+    if layers is None or stack is None:
+        return
+    depth = _depth(donor, stack)
+    if not 0 <= layers[0] < layers[1] <= depth:
+        raise UsageError("E214", f"--layers {layers[0]}:{layers[1]} exceeds the {depth} layers of {donor.label}",
+                         help=f"the upper end is exclusive; the whole model is 0:{depth}")  # fmt: skip
+
+
 def _origins(
     spec: MergeSpec, opened: Mapping[ModelRef, Checkpoint], structure: ModelRef, findings: Findings
 ) -> tuple[dict[str, _Source], dict[str, Any] | None]:
@@ -166,6 +180,8 @@ def _origins(
     first, *others = spec.modules
     if others or (first.name and not sliced):
         return _module_origins(spec, opened, names, findings), donor.config
+    if not _has_tensors(spec, first.name, names, findings):
+        raise_all(findings.errors)
     if not sliced:
         return _whole_origins(spec, opened, structure, names, findings), donor.config
     return _slice_origins(spec, opened, structure, names, stack, findings)
@@ -189,7 +205,7 @@ def _whole_origins(spec, opened, structure, names, findings) -> dict[str, _Sourc
             known.add(name)
             place = layer_of(name)
             t = gradient_position(place.index, stacks.get(place.stack, place.index + 1)) if place else 0.0
-            origins[name] = _Source({r: name for r in refs if name in opened[r].tensors}, scopes, t, base)
+            origins[name] = _Source({r: name for r in refs}, scopes, t, base)
     return origins
 
 
@@ -247,6 +263,7 @@ def _slice_origins(
         count = length[1] - length[0]
         refs = list(ranges)
         first = opened[base] if base in ranges else opened[refs[0]]
+        kinds = _LayerKinds(donor, first)
         start_of_first = ranges[base if base in ranges else refs[0]][0]
         template: dict[int, list[str]] = {}
         for name in first.tensors:
@@ -255,7 +272,7 @@ def _slice_origins(
                 template.setdefault(place.index, []).append(name)
         for i in range(count):
             target = len(layers)
-            layers.append(start_of_first + i)
+            layers.append(kinds.donor_layer(start_of_first + i))
             for name in template.get(start_of_first + i, []):
                 sources = {ref: relayer(name, ranges[ref][0] + i) for ref in refs}
                 middle[relayer(name, target)] = _Source(sources, scopes, gradient_position(i, count), base)
@@ -280,6 +297,49 @@ def _slice_origins(
             placed = True
     config = relayer_config(donor.config, layers) if donor.config is not None else None
     return ordered, config
+
+
+class _LayerKinds:
+    """Finds, for a layer of another model, a layer of the donor that its config describes alike.
+
+    The new config is the donor's, rebuilt for a choice of its layers; sliding and full attention
+    and the like must follow the model that gives the layer.
+    """
+
+    def __init__(self, donor: Checkpoint, other: Checkpoint) -> None:
+        self.donor = donor
+        self.other = other
+        self._known: dict[int, Any] = {}
+
+    def donor_layer(self, layer: int) -> int:
+        if self.other is self.donor or self.donor.config is None or self.other.config is None:
+            return layer
+        count = num_layers(self.donor.config) or 0
+        wanted = _layer_kind(self.other.config, layer)
+        for candidate in [layer, *range(count)]:
+            if candidate < count:
+                if candidate not in self._known:
+                    self._known[candidate] = _layer_kind(self.donor.config, candidate)
+                if self._known[candidate] == wanted:
+                    return candidate
+        raise InputError(
+            "E344", f"layer {layer} of {self.other.label} is of a kind that {self.donor.label} has nowhere: "
+            f"{'; '.join(f'{k} {align.short(v)}' for k, v in wanted.items())}",
+            help="name the model that has such layers first",
+        )  # fmt: skip
+
+
+def _layer_kind(config: dict[str, Any], layer: int) -> dict[str, Any]:
+    """Return what a config says about one layer: the keys that change when only it is kept."""
+    found: dict[str, Any] = {}
+    single = relayer_config(config, [layer])
+    pairs = [(config, single)]
+    pairs += [(config[k], single[k]) for k in single if isinstance(single[k], dict) and k in config]
+    for before, after in pairs:
+        for key in {*before, *after} - set(COUNT_KEYS):
+            if not isinstance(after.get(key), dict) and before.get(key) != after.get(key):
+                found[key] = after.get(key)
+    return found
 
 
 def _ranges(spec, piece, number, opened, stack, findings) -> dict[ModelRef, tuple[int, int]]:
@@ -337,11 +397,7 @@ def _module_origins(spec, opened, names, findings) -> dict[str, _Source]:
         by_module.setdefault(chosen[0] if chosen else 0, []).append(name)
     origins: dict[str, _Source] = {}
     for index, module in enumerate(spec.modules):
-        if index not in by_module:
-            findings.errors.append(
-                UsageError("E218", f'no tensor belongs to the module "{printable(module.name)}"',
-                           where=place_of(spec.where, ("modules", module.name)))
-            )  # fmt: skip
+        if not _has_tensors(spec, module.name, names, findings):
             continue
         if len(module.slices) != 1 or any(s.layer_range for s in module.slices[0].sources):
             findings.errors.append(
@@ -358,6 +414,19 @@ def _module_origins(spec, opened, names, findings) -> dict[str, _Source]:
             t = gradient_position(place.index, stacks[place.stack]) if place else 0.0
             origins[name] = _Source({r: name for r in refs}, scopes, t, piece.base_model or spec.base_model)
     return {n: origins[n] for n in names if n in origins}
+
+
+def _has_tensors(spec, module: str, names: Sequence[str], findings) -> bool:
+    """Report a module that no tensor belongs to; a model of one part calls its only module default."""
+    if (module in {"", "default"} and len(spec.modules) == 1) or any(_in_module(n, module) for n in names):
+        return True
+    tops = sorted({n.partition(".")[0] for n in names})[:6]
+    findings.errors.append(
+        UsageError("E218", f'no tensor belongs to the module "{printable(module)}"',
+                   where=place_of(spec.where, ("modules", module)),
+                   help=f"tensors begin with {', '.join(map(printable, tops))}; a model of one part has the module default")
+    )  # fmt: skip
+    return False
 
 
 _MODULE_WORDS = {
@@ -401,7 +470,7 @@ def _untie(spec, opened, structure, origins, config, findings) -> None:
             findings.notes.append(f"{head} is not written: the embeddings are tied")
         return
     head = next((h for h in heads.values() if h), "lm_head.weight")
-    source = origins.get(head) or origins[embedding]
+    source = origins.get(head) or _after_layers(spec) or origins[embedding]
     names = {ref: heads[ref] or embedding for ref in source.names}
     origins[head] = replace(source, names=names)
     config.update(_with_tie(config, False))
@@ -409,6 +478,18 @@ def _untie(spec, opened, structure, origins, config, findings) -> None:
     findings.notes.append(
         f"the models disagree about tied embeddings: the output is untied; the embedding of {tied} stands for its head"
     )
+
+
+def _after_layers(spec: MergeSpec) -> _Source | None:
+    """Return the origin of what follows the layers of a sliced model: its last slice."""
+    if len(spec.modules) != 1 or all(
+        s.layer_range is None for p in spec.modules[0].slices for s in p.sources
+    ):
+        return None
+    number = len(spec.modules[0].slices) - 1
+    piece = spec.modules[0].slices[number]
+    names = dict.fromkeys(_slice_models(piece, spec), "")
+    return _Source(names, slice_scopes(spec, 0, number), 0.0, piece.base_model or spec.base_model)
 
 
 def _with_tie(config: dict[str, Any], tie: bool) -> dict[str, Any]:
@@ -495,14 +576,22 @@ class _Builder:
                 help="vocabularies of different size: --vocab base or union" if _looks_like_vocabulary(name)
                 else "only checkpoints of one architecture and size can be merged",
             )  # fmt: skip
+        known = self.optional.get(origin.names[donor])
         families = {DTYPES[i.dtype].family for i in infos.values()}
+        if families == {"float"} and known is not None and known.kind == "buffer":
+            # Frequencies and masks are computed, not learned; scaling or trimming them means nothing.
+            return self._copy(name, donor, infos[donor])
         if families != {"float"}:
             return self._not_float(name, infos, families, donor)
         return self._merge(name, origin, infos)
 
     def _copy(self, name: str, donor: ModelRef, info: TensorInfo) -> WorkItem:
         code = self._out_code([info], info)
-        operation = Copy() if self._is_plain_copy(donor, info, code) else Cast("F64" if info.dtype == "F64" else "F32")
+        operation = (
+            Copy()
+            if self._is_plain_copy(donor, info, code)
+            else Cast("F64" if info.dtype == "F64" else "F32")
+        )
         self.counts["copied"] += 1
         return self._tasks(name, code, info, [donor], {donor: info.name}, lambda point: operation)
 
@@ -551,7 +640,8 @@ class _Builder:
             info,
             refs,
             {r: infos[r].name for r in refs},
-            lambda point: CopyIfEqual(tuple(self.opened[r].label for r in refs)),
+            # Keys, not labels: operations enter the plan id, which must not depend on where models lie.
+            lambda point: CopyIfEqual(tuple(self.keys[r] for r in refs)),
         )
 
     def _merge(self, name: str, origin: _Source, infos: dict[ModelRef, TensorInfo]) -> WorkItem:
@@ -578,7 +668,7 @@ class _Builder:
                 for entry in per_model:
                     entry.update({k: 1.0 for k in ("density", "keep") if k in entry})
                 values.update({k: 1.0 for k in ("density", "keep") if k in values})
-            self._check_values(values, per_model, shared, each, name)
+            self._check_values(shared, each, name)
             binding = Binding(
                 name=name, shape=reference.shape, count=len(refs), base=refs.index(base) if base is not None else None,
                 shared=values, each=tuple(per_model), work=work,
@@ -628,19 +718,19 @@ class _Builder:
                 "E205", f"{self.method.name} takes {span} models, {given} are given for {printable(name)}"
             )
 
-    def _check_values(self, values, per_model, shared: dict[str, Resolved], each, name: str) -> None:
+    def _check_values(
+        self, shared: dict[str, Resolved], each: dict[Any, dict[str, Resolved]], name: str
+    ) -> None:
         for parameter in self.method.parameters:
-            found = (
-                [values.get(parameter.name)]
-                if not parameter.per_model
-                else [e.get(parameter.name) for e in per_model]
-            )
-            for value in found:
+            for scopes in each.values() if parameter.per_model else [shared]:
+                found = scopes.get(parameter.name)
+                if found is None:
+                    continue
                 try:
-                    parameter.check(value, self.method.name)
+                    parameter.check(found.value, self.method.name)
                 except UsageError as error:
-                    path = shared[parameter.name].path if parameter.name in shared else ()
-                    error.where = place_of(self.spec.where, path) or Where(tensor=printable(name))
+                    place = place_of(self.spec.where, found.path) if found.path else None
+                    error.where = place or Where(tensor=printable(name))
                     raise
 
     def _tasks(self, name, code, info: TensorInfo, refs, names, operation) -> WorkItem:

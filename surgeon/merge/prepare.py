@@ -158,6 +158,11 @@ def prepare(
     )
     text_ref = pair[1] if pair else structure
     opened = {ref: m.checkpoint for ref, m in models.items()}
+    # Each model by itself first: a missing embedding must not be reported as a vocabulary that differs.
+    align.check_inputs(
+        {m.key: m.checkpoint for m in models.values()}, findings, arithmetic=spec.method != "passthrough"
+    )
+    raise_all(findings.errors)
     keys = {ref: m.key for ref, m in models.items()}
     vocabulary, text_folder, text_label = None, None, ""
     if opened[structure].config is not None:
@@ -178,6 +183,14 @@ def prepare(
         folder = _Folder(
             plan_draft, models, vocabulary, text_ref, text_folder, text_label, texts, pair is not None
         )
+        first = points[0]
+        align.check_result(
+            folder.config,
+            {
+                o.name: (o.dtype, o.shape)
+                for item in plan_draft.items for task in item.tasks for o in task.outputs if o.model == first
+            },
+        )  # fmt: skip
         shared = folder.companions()
         for key in points:
             here = {**recipe, "point": dict(options.points.get(key, {}))} if key else recipe
@@ -530,8 +543,13 @@ class _Folder:
         method = catalogue(self.spec.method)
         sources = self.spec.modules[0].slices[0].sources
         base = self.spec.base_model
-        words = ["surgeon merge", *(self.models[s.model].key for s in sources if s.model != base or method.base == "ignored")]
-        if self.is_pair and base is not None:  # the implied base decides more than the arithmetic: keep it implied
+        words = [
+            "surgeon merge",
+            *(self.models[s.model].key for s in sources if s.model != base or method.base == "ignored"),
+        ]
+        if (
+            self.is_pair and base is not None
+        ):  # the implied base decides more than the arithmetic: keep it implied
             words.append(self.models[base].key)
         elif base is not None and method.base != "ignored":
             words.append(f"--base {self.models[base].key}")

@@ -84,7 +84,7 @@ def resolve(request: MergeRequest) -> Resolved:
     """
     method = catalogue(request.method)
     models = [parse_model_ref(text) for text in request.models]
-    base = parse_model_ref(request.base) if request.base else None
+    base = parse_model_ref(request.base) if request.base is not None else None
     notes: list[str] = []
     pair = None
     if base is None and method.base == "required":

@@ -55,6 +55,7 @@ class TaskVectors(Operation):
     keys: tuple[int, ...] = ()
     trim_ties: str = "even"  # even, all
     report: bool = False
+    grouped: bool = False  # reduce passes run over many tensors together
 
     name = "task_vectors"
     scratch = 48
@@ -70,10 +71,18 @@ class TaskVectors(Operation):
         return self.rescale == "l1" and self.sparsifier != "none" and any(0 < d < 1 for d in self.densities)
 
     def reduces(self) -> int:
-        return 2 * self._selects() + self._rescales()
+        return len(self._stages())
+
+    def _stages(self) -> tuple[str, ...]:
+        selection: tuple[str, ...] = ()
+        if self._selects():
+            # bfloat16 keys have no lower bits: one pass will do, if every block's counts can be held.
+            single = self.work == "BF16" and self._plain() and not self.grouped
+            selection = ("counts",) if single else ("high", "low")
+        return selection + ("l1",) * self._rescales()
 
     def _stage(self, step: int) -> str:
-        return ("high", "low", "l1")[step] if self._selects() else "l1"
+        return self._stages()[step]
 
     def _delta(self, block: Block, i: int) -> np.ndarray:
         return cast.round_to(
@@ -91,6 +100,10 @@ class TaskVectors(Operation):
                 states.append(None)
             elif stage == "high":
                 states.append(self._high(block, i))
+            elif stage == "counts":
+                histogram = self._high(block, i)
+                present = np.flatnonzero(histogram)
+                states.append([(where, len(histogram), present.astype(np.uint32), histogram[present])])
             else:
                 assert carried is not None
                 pair_of_ranks = carried.ranks[i]
@@ -147,6 +160,11 @@ class TaskVectors(Operation):
             facts.ranks = [
                 None if h is None else self._ranks(h, i, elements) for i, h in enumerate(state)
             ]  # fmt: skip
+        elif stage == "counts":
+            for i, pieces in enumerate(state):
+                ranks, lows = (None, None) if pieces is None else self._from_counts(pieces, i, elements)
+                facts.ranks.append(ranks)
+                facts.thresholds.append(None if lows is None else self._thresholds(ranks, lows))
         elif stage == "low":
             facts.thresholds = [
                 None if s is None else self._thresholds(facts.ranks[i], s) for i, s in enumerate(state)
@@ -154,6 +172,21 @@ class TaskVectors(Operation):
         else:
             facts.scales = [self._scale(before, after) for before, after in state]
         return facts
+
+    def _from_counts(self, pieces: list, i: int, elements: int):
+        """Return the ranks, and what the second pass would have counted for each of them."""
+        total = np.zeros(pieces[0][1], np.int64)
+        for _, _, present, counts in pieces:
+            total[present] += counts
+        ranks = self._ranks(total, i, elements)
+        lows = []
+        for rank in (r for r in ranks if r is not None):
+            low = []
+            for where, _, present, counts in pieces:
+                inside = present == rank.bin
+                low.append((where, np.zeros(int(inside.sum()), np.uint16), counts[inside]))
+            lows.append(low)
+        return ranks, lows
 
     def _ranks(self, histogram: np.ndarray, i: int, elements: int) -> tuple[select.Rank, select.Rank | None]:
         target = int(self.densities[i] * elements)
@@ -403,4 +436,5 @@ def bind_family(b: Binding, *, sparsifier: str, elect: bool) -> Operation:
         epsilons=epsilons,
         keys=keys if sparsifier in {"random", "magprune"} else (),
         trim_ties=b.shared.get("trim_ties", "even"),
+        grouped=b.shared.get("scope", "tensor") != "tensor",
     )

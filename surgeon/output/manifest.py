@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from surgeon import __version__
@@ -65,12 +66,48 @@ def manifest(
             "dtype_bytes": dict(sorted(by_type.items())),
         },
         "permissions": [p.replace("_", "-") for p in _PERMISSIONS if plan.recipe.get(p)],
-        "notes": list(plan.notes),
-        "warnings": list(plan.warnings),
+        "notes": _without_paths(plan, plan.notes),
+        "warnings": _without_paths(plan, plan.warnings),
         "measured": {name: summaries[name] for name in sorted(summaries)},
         "files": dict(sorted(file_digests.items())),
     }
     return (json.dumps(body, indent=2, sort_keys=False, default=str) + "\n").encode()
+
+
+_PATH = re.compile(r"(?<![\w.~])(?:~|\.{1,2})?/[^\s/]|\b[A-Za-z]:\\")
+
+
+def _without_paths(plan: Plan, sentences: Iterable[str]) -> list[str]:
+    """Name models by their keys; a sentence that still speaks of a path stays on the terminal."""
+    names: dict[str, str] = {}
+    for key, checkpoint in plan.inputs.items():
+        names[checkpoint.label] = key
+        if checkpoint.folder is not None:
+            names[str(checkpoint.folder)] = key
+    kept = []
+    for sentence in sentences:
+        for label in sorted(names, key=len, reverse=True):
+            sentence = sentence.replace(label, names[label])
+        if not _PATH.search(sentence):
+            kept.append(sentence)
+    return kept
+
+
+def seal(body: bytes) -> bytes:
+    """Add a manifest's digest of itself: beside a bare file there is no SHA256SUMS to vouch for it."""
+    content = json.loads(body)
+    content["sealed"] = sha256(body)
+    return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def seal_holds(sealed: bytes) -> bool:
+    """Say whether a sealed manifest is byte for byte what was written."""
+    try:
+        content = json.loads(sealed)
+        content.pop("sealed")
+    except (ValueError, KeyError, AttributeError):
+        return False
+    return seal((json.dumps(content, indent=2) + "\n").encode()) == sealed
 
 
 def checksums(file_digests: Mapping[str, str]) -> bytes:

@@ -97,7 +97,8 @@ def check_destination(destination: Path, inputs: list[Path], *, overwrite: bool,
                 f"the output {printable(str(destination))} is a file, a folder is needed",
                 help="choose another -o",
             )
-        entries = sorted(p.name for p in destination.iterdir() if not p.name.startswith(HIDDEN))
+        found = sorted(p.name for p in destination.iterdir())
+        entries = [name for name in found if not name.startswith(HIDDEN)]
     except PermissionError as error:
         raise EnvironmentFault(
             "E502", f"cannot access {printable(str(destination))}: permission denied"
@@ -110,7 +111,7 @@ def check_destination(destination: Path, inputs: list[Path], *, overwrite: bool,
         raise
     if not entries:
         return
-    if not overwrite:
+    if not overwrite and len(entries) == len(found):  # else a publication stopped half-way and goes on
         raise OutputConflict(
             "E601",
             f"the output folder exists and is not empty: {printable(str(destination))}",
@@ -384,7 +385,9 @@ def clear_leftovers(destination: Path, disk: Disk) -> None:
 def _published(old: Path, destination: Path) -> bool:
     """Say whether the run that left ``old`` got its result to the destination (or had none)."""
     records = read_journal(old / JOURNAL)
-    return not records or records[0].get("plan") == _plan_at(destination)
+    if not records:
+        return True
+    return any("verified" in r for r in records) and records[0].get("plan") == _plan_at(destination)
 
 
 def _plan_at(destination: Path) -> str | None:
@@ -413,9 +416,10 @@ def open_staging(
         for old in leftovers(destination):
             found = read_journal(old / JOURNAL)
             start = found[0] if found else {}
-            if resume and adopted is None and start.get("plan") == plan_id:
+            same = start.get("fingerprint") == json.loads(json.dumps(fingerprint))
+            if resume and adopted is None and same:
                 adopted, records = old, found
-            elif not resume or not start or start["plan"] in {plan_id, _plan_at(destination)}:
+            elif not resume or not start or same or _published(old, destination):
                 disk.remove_tree(old)
             else:
                 raise OutputConflict(

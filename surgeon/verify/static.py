@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,11 +22,12 @@ from surgeon.architectures import conformance
 from surgeon.checkpoint.checkpoint import StoredCheckpoint, open_path
 from surgeon.checkpoint.dtypes import DTYPES
 from surgeon.checkpoint.header import open_regular, printable
-from surgeon.checkpoint.strict_json import read_json_object
+from surgeon.checkpoint.strict_json import read_bytes, read_json_object
 from surgeon.errors import InputError, SurgeonError, Where, raise_all
 from surgeon.kernels import cast
 from surgeon.output.layout import Layout
-from surgeon.output.manifest import CHECKSUMS, MANIFEST
+from surgeon.output.manifest import CHECKSUMS, MANIFEST, seal_holds
+from surgeon.output.staging import replaced
 from surgeon.plan import BLOCK_ELEMENTS, OutputModel
 
 
@@ -78,16 +80,21 @@ def verify_model(
                     InputError("E350", f"{printable(name)} is not what was written", where=Where(str(path)))
                 )
         if model.config is not None:
-            findings.extend(_config_findings(checkpoint, Report()))
+            findings.extend(_config_findings(checkpoint, Report(), planned=True))
     finally:
         checkpoint.close()
     raise_all(findings)
 
 
-def _config_findings(checkpoint: StoredCheckpoint, report: Report) -> list[SurgeonError]:
+def _config_findings(
+    checkpoint: StoredCheckpoint, report: Report, planned: bool = False
+) -> list[SurgeonError]:
+    """Compare config.json with the tensors; tensors that a plan carries along on purpose are no surprise."""
     errors: list[SurgeonError] = []
     shapes = {n: (t.dtype, t.shape) for n, t in checkpoint.tensors.items()}
     for finding in conformance.check(checkpoint.config or {}, shapes):
+        if planned and finding.kind == "unexpected-tensor":
+            continue
         if finding.severity == "error":
             where = Where(tensor=printable(finding.tensor)) if finding.tensor else None
             errors.append(InputError("E343", finding.message, where=where,
@@ -116,6 +123,14 @@ def verify_path(
     """
     report = Report()
     report.checks.append("structure")
+    if not path.exists() and path.parent.is_dir() and (old := replaced(path)):
+        report.errors.append(
+            InputError("E301", f"{printable(str(path))} is absent: a run that was to replace it was interrupted",
+                       where=Where(str(path)),
+                       help=f"repeat that run to finish it, or restore the previous model: mv '{old[-1]}' '{path}'")
+        )  # fmt: skip
+        report.failed["structure"] = 1
+        return report
     try:
         checkpoint = open_path(path, str(path), ignore_unlisted=ignore_unlisted)
     except SurgeonError as error:
@@ -228,11 +243,24 @@ def _hashes(path: Path, checkpoint: StoredCheckpoint, report: Report) -> None:
         own = path / MANIFEST
         if sums.is_file():
             source = CHECKSUMS
-            lines = sums.read_text(encoding="utf-8", errors="replace").splitlines()
+            text = read_bytes(sums).decode("utf-8", errors="replace")
+            lines = text.removesuffix("\n").split("\n")
             pairs = [(line[66:], line[:64]) for line in lines if line[64:66] in {"  ", " *"}]
+            damaged = [n for n, line in enumerate(lines, 1) if not _SUM.fullmatch(line)]
+            if own.is_file():  # we wrote it: every byte of it is known
+                if not text.endswith("\n"):
+                    damaged.append(len(lines))
+                if damaged:
+                    report.errors.append(InputError("E353", f"{CHECKSUMS} is damaged in line {damaged[0]}",
+                                                    where=Where(str(sums), damaged[0])))  # fmt: skip
+                elif {n: d for n, d in pairs if n != MANIFEST} != dict(_recorded(own)):
+                    report.errors.append(InputError("E353", f"{CHECKSUMS} and {MANIFEST} list different files",
+                                                    where=Where(str(sums)), help="one of them was changed"))  # fmt: skip
             known = {path / n: d for n, d in _contained(pairs, CHECKSUMS)}
         elif own.is_file():
             source = MANIFEST
+            report.errors.append(InputError("E353", f"{CHECKSUMS} is missing beside {MANIFEST}", where=Where(str(path)),
+                                            help="produce or fetch the model again"))  # fmt: skip
             known = {path / n: d for n, d in _contained(_recorded(own), MANIFEST)}
         if source:
             listed = {str(p.relative_to(path)) for p in known} | {CHECKSUMS}
@@ -242,8 +270,10 @@ def _hashes(path: Path, checkpoint: StoredCheckpoint, report: Report) -> None:
         sidecar = path.with_name(f"{path.name}.{MANIFEST}")
         if sidecar.is_file():
             source = sidecar.name
-            recorded = read_json_object(sidecar).get("files", {}).get(path.name)
-            known = {path: recorded} if isinstance(recorded, str) else {}
+            known = dict((path, d) for n, d in _recorded(sidecar) if n == path.name)
+            if not known or not seal_holds(read_bytes(sidecar)):
+                report.errors.append(InputError("E353", f"{printable(sidecar.name)} was changed or damaged",
+                                                where=Where(str(sidecar)), help="produce the file again"))  # fmt: skip
     if not known:
         for header in checkpoint.headers:
             real = header.file.resolve()
@@ -266,6 +296,9 @@ def _hashes(path: Path, checkpoint: StoredCheckpoint, report: Report) -> None:
                 InputError("E353", f"{printable(str(name))} is not the file that was recorded in {source}",
                            where=Where(str(file)), help="it was changed or damaged; restore or produce it again")
             )  # fmt: skip
+
+
+_SUM = re.compile("[0-9a-f]{64}  .+")
 
 
 def _recorded(manifest: Path) -> list[tuple[str, str]]:

@@ -39,7 +39,9 @@ def header_of(file: Path) -> dict:
             count *= d
         assert (end - begin) * 8 == count * BITS[entry["dtype"]], f"{file.name}: {name} has the wrong size"
         position = end
-    assert 8 + length + position == size, f"{file.name}: {size - 8 - length - position} bytes are in no tensor"
+    assert 8 + length + position == size, (
+        f"{file.name}: {size - 8 - length - position} bytes are in no tensor"
+    )
     return header
 
 
@@ -108,10 +110,14 @@ def _check_folder(path: Path) -> list[Path]:
     names = {str(p.relative_to(path)) for p in files}
     assert not [n for n in names if Path(n).name.startswith(".")], f"hidden files were published: {names}"
     sums = {}
-    for line in (path / "SHA256SUMS").read_text().splitlines():
+    listing = (path / "SHA256SUMS").read_text()
+    assert listing.endswith("\n"), "SHA256SUMS is cut"
+    for line in listing.splitlines():
         digest, name = line.split("  ", 1)
         sums[name] = digest
-    assert set(sums) == names - {"SHA256SUMS"}, f"SHA256SUMS lists {set(sums) ^ (names - {'SHA256SUMS'})} differently"
+    assert set(sums) == names - {"SHA256SUMS"}, (
+        f"SHA256SUMS lists {set(sums) ^ (names - {'SHA256SUMS'})} differently"
+    )
     for name, digest in sums.items():
         assert _digest(path / name) == digest, f"{name} is not what SHA256SUMS says"
     manifest = json.loads((path / "surgeon.json").read_bytes(), object_pairs_hook=_no_twins)
@@ -151,7 +157,9 @@ def _check_text(file: Path, forbidden: tuple[str, ...]) -> None:
         assert word not in text, f"{file.name} contains {word!r}"
     if file.name in {"surgeon.json", "README.md"} or file.name.endswith(".surgeon.json"):
         assert not re.search(r"20\d\d-\d\d-\d\d[T ]\d\d:\d\d", text), f"{file.name} contains a time"
-        assert not re.search(r'(?<![\w:/.])/(home|root|tmp|work|dev|var|mnt|data)/', text), f"{file.name}: a path"
+        assert not re.search(r"(?<![\w:/.])/(home|root|tmp|work|dev|var|mnt|data)/", text), (
+            f"{file.name}: a path"
+        )
 
 
 def _digest(file: Path) -> str:

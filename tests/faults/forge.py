@@ -68,7 +68,9 @@ def entries_of(tensors: dict[str, Tensor]) -> tuple[dict[str, Any], bytes]:
 def weight_file(tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
     """Return a well-formed safetensors file."""
     entries, data = entries_of(tensors)
-    text = json.dumps({"__metadata__": {"format": "pt"} if metadata is None else metadata, **entries}).encode()
+    text = json.dumps(
+        {"__metadata__": {"format": "pt"} if metadata is None else metadata, **entries}
+    ).encode()
     return raw_file(text + b" " * (-len(text) % 8), data)
 
 
@@ -130,7 +132,9 @@ def llama_tensors(seed: int = 0, dtype: str = "BF16", **config: Any) -> dict[str
     for name, shape in shapes.items():
         values = shared.standard_normal(shape, dtype=np.float32) * 0.1
         values = values + own.standard_normal(shape, dtype=np.float32) * 0.01 * (seed > 0)
-        tensors[name] = bf16(values) if dtype == "BF16" else values.astype({"F32": "<f4", "F16": "<f2"}[dtype])
+        tensors[name] = (
+            bf16(values) if dtype == "BF16" else values.astype({"F32": "<f4", "F16": "<f2"}[dtype])
+        )
     return tensors
 
 
@@ -238,7 +242,9 @@ def damaged_files(draw) -> bytes:
         names = [n for n in header if n != "__metadata__"]
         kind = draw(st.sampled_from(["name", "field", "offset", "shape", "dtype", "drop", "meta", "extra"]))
         if kind == "meta":
-            header["__metadata__"] = draw(st.sampled_from([None, [], {"a": 1}, {"a": None}, {}, "x", {"a": {}}]))
+            header["__metadata__"] = draw(
+                st.sampled_from([None, [], {"a": 1}, {"a": None}, {}, "x", {"a": {}}])
+            )
         elif not names or kind == "extra":
             header[draw(_NAMES)] = draw(st.sampled_from([None, 1, [], {}, "x", {"dtype": "F32"}]))
         else:
@@ -259,7 +265,9 @@ def damaged_files(draw) -> bytes:
             else:
                 entry.pop(draw(st.sampled_from(["dtype", "shape", "data_offsets"])))
     text = json.dumps(header).encode()
-    action = draw(st.sampled_from(["none", "none", "cut", "flip", "insert", "pad", "length", "extend", "blank"]))
+    action = draw(
+        st.sampled_from(["none", "none", "cut", "flip", "insert", "pad", "length", "extend", "blank"])
+    )
     length = None
     if action == "pad":
         text += b" " * draw(st.integers(0, 9))

@@ -345,7 +345,10 @@ def child(
 
 
 def surgeon(
-    *arguments: str | Path, environment: dict[str, str] | None = None, cwd: Path | None = None, timeout: float = 120
+    *arguments: str | Path,
+    environment: dict[str, str] | None = None,
+    cwd: Path | None = None,
+    timeout: float = 120,
 ) -> subprocess.CompletedProcess:
     """Run the command line and wait."""
     return subprocess.run(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,13 +16,13 @@ from surgeon.merge.method import Binding
 from surgeon.merge.methods import catalogue
 from surgeon.plan import Block, Operation
 
-pytestmark = pytest.mark.skipif(
-    pytest.importorskip("numba") is None, reason="numba is what compiles the kernels"
-)
+pytest.importorskip("numba")
 
 COLUMNS = 97
 ROWS = 83
-SPECIAL = np.array([0.0, -0.0, 1e-40, -1e-40, 1.4e-45, 1.1754944e-38, 2.0, -2.0, 65504.0, 3e38, -3e38], np.float32)
+SPECIAL = np.array(
+    [0.0, -0.0, 1e-40, -1e-40, 1.4e-45, 1.1754944e-38, 2.0, -2.0, 65504.0, 3e38, -3e38], np.float32
+)
 
 
 @pytest.fixture(autouse=True)
@@ -125,6 +128,7 @@ def test_compiled_equals_numpy(case, stored, work, target, kind):
     fused.enable(True)
     assert fused.available()
     compiled, facts = run(operation, raws, [stored] * count, target)
+    assert fused.available(), "a kernel failed"
     fused.enable(False)
     plain, expected = run(operation, raws, [stored] * count, target)
     wrong = np.flatnonzero(bits(compiled) != bits(plain))
@@ -154,7 +158,9 @@ def test_block_borders_do_not_matter():
 
 
 def test_lane_sums_follow_their_definition():
-    values = np.random.default_rng(0).normal(0, 1, 1000) * 10.0 ** np.random.default_rng(1).integers(-9, 9, 1000)
+    values = np.random.default_rng(0).normal(0, 1, 1000) * 10.0 ** np.random.default_rng(1).integers(
+        -9, 9, 1000
+    )
     sums = [0.0] * lanes.LANES
     for k, value in enumerate(values):
         sums[k % lanes.LANES] += float(value)
@@ -180,6 +186,37 @@ def test_without_numba_numpy_does_it(monkeypatch):
     assert not fused.available()
     block = SimpleNamespace()
     assert fused.linear(block, (1.0,), True, "F32") is None
+
+
+def test_a_failing_kernel_is_replaced_by_numpy(monkeypatch):
+    operation = bind("linear", "F32", 2, None, {}, {"weight": 1.0})
+    raws = [cast.narrow(numbers("usual", i), "BF16") for i in range(2)]
+    fused.enable(False)
+    plain, _ = run(operation, raws, ["BF16"] * 2, "BF16")
+    fused.enable(True)
+    assert fused.available()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(fused, "_broken", False)
+    monkeypatch.setattr(fused, "_module", SimpleNamespace(linear=full))
+    found, _ = run(operation, raws, ["BF16"] * 2, "BF16")
+    assert np.array_equal(found, plain)
+    assert not fused.available()
+
+
+def test_an_unusable_cache_folder_means_numpy(tmp_path):
+    (tmp_path / "file").write_text("")
+    program = (
+        "from surgeon.kernels import fused; fused.enable(True); print(fused.available());"
+        "import numpy as np; print(fused.nonfinite(np.zeros(4, np.uint16), 'BF16'))"
+    )
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "file" / "below")}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() in (["False", "None"], ["True", "None"]), done.stderr
 
 
 def test_small_runs_do_not_load_numba(monkeypatch):

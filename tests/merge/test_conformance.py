@@ -76,7 +76,10 @@ METHODS: dict[str, tuple[str, str]] = {
         "ulp",
         OTHERS % ("weight: 0.3", "weight: 0.9") + "parameters: {normalize_weights: false}\n",
     ),
-    "karcher": ("iterated", "models: [{model: $a}, {model: $b}, {model: $c}]\nparameters: {max_iter: 15, tol: 1e-6}\n"),
+    "karcher": (
+        "iterated",
+        "models: [{model: $a}, {model: $b}, {model: $c}]\nparameters: {max_iter: 15, tol: 1e-6}\n",
+    ),
     "karcher-base": ("iterated", "models: [{model: $a}, {model: $b}]\nbase_model: $base\n"),
     "model_stock": ("ulp", "models: [{model: $a}, {model: $b}, {model: $c}]\nbase_model: $base\n"),
     "model_stock-rows": (
@@ -477,7 +480,7 @@ def test_experts_stay_apart_with_the_values_of_mergekits_fused_ones(family, meth
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 def test_statistics_of_experts_are_per_expert(family, tmp_path):
     """Deliberate difference: trimming keeps the density in every expert, mergekit in the fused group."""
-    base, a, b, c = mm.family(family)
+    base, a, _b, _c = mm.family(family)
     text = mm.fill("merge_method: ties\n" + ONE % "weight: 1, density: 0.25", base=base, a=a)
     state = mm.tensors(mm.run_surgeon(text, tmp_path / "ours"))
     before = mm.tensors(base)
@@ -490,8 +493,8 @@ def test_statistics_of_experts_are_per_expert(family, tmp_path):
 @pytest.mark.parametrize("method", ["linear", "slerp", "ties", "passthrough"])
 @pytest.mark.parametrize("family", list(mm.FAMILIES))
 def test_results_load_strictly_with_the_logits_of_the_expected_tensors(family, method, tmp_path):
-    """"It loads" is no test: the reference is built in memory from tensors computed with torch."""
-    base, a, b, c = mm.family(family)
+    """ "It loads" is no test: the reference is built in memory from tensors computed with torch."""
+    base, a, b, _c = mm.family(family)
     bodies = {
         "linear": ALONE % ("weight: 1", "weight: 3"),
         "slerp": BASE_FIRST + "parameters: {t: 0.3}\n",
@@ -556,9 +559,9 @@ RANDOM = {
 @pytest.mark.parametrize("method", RANDOM)
 def test_random_methods_agree_in_distribution(method, rescale, tmp_path):
     """The kept share, and what is made of kept entries; the masks themselves are drawn otherwise."""
-    base, a, b, c = mm.family("llama")
+    base, a, _b, _c = mm.family("llama")
     body = RANDOM[method]
-    place = "parameters: {" if "parameters: {n" in body else "parameters: {"
+    place = "parameters: {"
     body = body + f"{place}rescale: {str(rescale).lower()}}}\n" if "normalize" not in body else body.replace(
         "normalize: false", f"normalize: false, rescale: {str(rescale).lower()}")  # fmt: skip
     results = mm.run_both(mm.fill(f"merge_method: {method}\n{body}", base=base, a=a), tmp_path)
@@ -578,3 +581,33 @@ def test_random_methods_agree_in_distribution(method, rescale, tmp_path):
             torch.testing.assert_close(moved[mask], factor * delta[mask], rtol=1e-3, atol=1e-6)
         sigma = (0.4 * 0.6 / total) ** 0.5
         assert abs(kept / total - 0.4) < 5 * sigma, (result.name, kept / total)
+
+
+@pytest.mark.parametrize("method", ["arcee_fusion", "ramplus_tl"])
+def test_quirks_give_mergekits_types(method, tmp_path):
+    """Deliberate difference: without --mergekit-quirks the result has the type config.json announces."""
+    base, a, b, _c = mm.family("llama", "bfloat16")
+    text = mm.fill(f"merge_method: {method}\ndtype: bfloat16\n{METHODS[method][1]}", base=base, a=a, b=b)
+    results = mm.run_both(text, tmp_path, {"mergekit_quirks": True})
+    ours, theirs = mm.tensors(results.ours), mm.tensors(results.theirs)
+    assert {n: t.dtype for n, t in ours.items()} == {n: t.dtype for n, t in theirs.items()}
+    assert torch.float32 in {t.dtype for t in ours.values()}
+    assert mm.config_of(results.theirs)["dtype"] == "bfloat16"
+    plain = mm.tensors(mm.run_surgeon(text, tmp_path / "plain"))
+    assert {t.dtype for t in plain.values()} == {torch.bfloat16}
+
+
+def test_the_comparison_notices_a_wrong_result(tmp_path):
+    """One bit, one name, one type, one shape: each is seen."""
+    state = mm.tensors(mm.family("llama")[0])
+    assert mm.deviation(state, state) == mm.Deviation()
+    name = "model.norm.weight"
+    nudged = {**state, name: torch.nextafter(state[name], torch.full_like(state[name], 9))}
+    assert mm.deviation(nudged, state).unequal == 1
+    for wrong in (
+        {**state, name: state[name].double()},
+        {**state, name: state[name][None]},
+        {**state, "x": state[name]},
+    ):
+        with pytest.raises(AssertionError):
+            mm.deviation(wrong, state)

@@ -22,7 +22,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-STYLES = {"base": 0.0, "long": 3.0, "short": -5.0}
+STYLES = {"base": 0.0, "long": 4.0, "short": -4.0}
 """Log-odds added to the demand of every optional extra."""
 
 TERMS = (3, 6)
@@ -162,6 +162,6 @@ def model_card(name: str) -> str:
     return (
         f"---\nlicense: apache-2.0\nlibrary_name: transformers\n{parent}"
         f"pipeline_tag: text-generation\n---\n\n# {name}\n\n"
-        f"A tiny running-sum solver, {about}. Made by `train.py` for tests only;\n"
-        "all weights and data are our own.\n"
+        f"A tiny running-sum solver, {about}.\n"
+        "Made by `train.py` for tests only; all weights and data are our own.\n"
     )

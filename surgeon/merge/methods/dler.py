@@ -115,6 +115,7 @@ def bind(b: Binding) -> Operation:
         lam=float(b.shared["scale"]),
         work=b.work,
         report=True,
+        grouped=b.shared.get("scope", "tensor") != "tensor",
         relative=bool(b.shared.get("relative", False)),
         of_nonzero=b.shared.get("keep_of", "all") == "nonzero",
         stochastic=b.shared.get("rounding", "nearest") == "stochastic",

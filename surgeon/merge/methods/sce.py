@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from surgeon.kernels import cast, select
+from surgeon.kernels import cast, fused, lanes, select
 from surgeon.merge.method import Binding, Method, Parameter
 from surgeon.merge.task_vectors import added
 from surgeon.plan import Block, Operation
@@ -82,8 +82,19 @@ class Sce(Operation):
     def reduce(self, step: int, block: Block, carried: Facts | None) -> Any:
         stage = self._stage(step)
         if stage == "squares":
+            done = fused.selected_squares(self, block, carried)
+            if done is not None:
+                return done
             squares = [cast.round_to(np.square(d), self.work) for d in self._selected(block, carried)]
-            return np.array([s.sum(dtype=np.float64) for s in squares])
+            return np.array([lanes.total(s.astype(np.float64)) for s in squares])
+        if stage == "high":
+            done = fused.variance_histogram(self, block)
+            if done is not None:
+                return done
+        elif carried is not None:
+            pair = fused.variance_low_counts(self, block, carried.rank.bin)
+            if pair is not None:
+                return [((block.position, block.ordinal), *pair)]
         key = self._variance_keys(self._deltas(block))
         if stage == "high":
             return np.append(select.high_histogram(key), np.count_nonzero(key))
@@ -110,10 +121,14 @@ class Sce(Operation):
         return cast.round_to(means / total, self.work), True
 
     def map(self, block: Block, carried: Facts) -> list[np.ndarray]:
+        assert carried.weights is not None
+        limit = cast.round_to(np.array([TINY_DIVISOR], dtype=np.float32), self.work)[0]
+        done = fused.elected_mean(self, block, carried, carried.weights, limit)
+        if done is not None:
+            return [done]
         deltas = self._selected(block, carried)
         base = block.value(self.base, self.work)
         wide = base.dtype.type
-        assert carried.weights is not None
         total = np.zeros(base.shape, dtype=wide)
         for delta in deltas:
             total += delta

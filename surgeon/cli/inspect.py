@@ -1,0 +1,230 @@
+"""``surgeon inspect``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Annotated, Any
+
+import typer
+
+from surgeon.cli import options as o
+from surgeon.cli.errors import run_command
+from surgeon.cli.output import Output, number, size
+from surgeon.errors import UsageError
+
+
+def inspect(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, file, hub id, or MODEL+ADAPTER.")],
+    tensors: Annotated[
+        str | None,
+        typer.Option(
+            "--tensors", metavar="PATTERN", help="List tensors: a name, glob or re:REGEX; '*' for all."
+        ),
+    ] = None,
+    layers: Annotated[bool, typer.Option("--layers", help="One line per layer.")] = False,
+    experts: Annotated[bool, typer.Option("--experts", help="Experts of every layer.")] = False,
+    config: Annotated[bool, typer.Option("--config", help="Print config.json.")] = False,
+    stats: Annotated[
+        bool, typer.Option("--stats", help="Read the values: norms, largest, mean, zeros, non-finite.")
+    ] = False,
+    sort: Annotated[str | None, typer.Option("--sort", help="size or name [order of the file].")] = None,
+    threads: o.Threads = None,
+    offline: o.Offline = False,
+    json_: o.Json = False,
+    quiet: o.Quiet = False,
+    verbose: o.Verbose = False,
+    no_progress: o.NoProgress = False,
+) -> None:
+    """Show what a checkpoint holds; only --stats reads weights."""
+    out = Output(json_, quiet, verbose, not no_progress)
+
+    def work() -> dict[str, Any]:
+        if sort not in {None, "size", "name"}:
+            raise UsageError("E209", f'--sort is "{sort}"', help="size or name")
+        from surgeon import api
+
+        bar = out.progress("reading")
+        try:
+            found = api.inspect(
+                model, tensors=tensors, stats=stats, offline=offline, threads=threads, progress=bar
+            )
+        finally:
+            bar.close()
+        if not any((tensors, layers, experts, config)) or not quiet:
+            summary(out, found.summary)
+        document: dict[str, Any] = {"model": dataclasses.asdict(found.summary)}
+        if config:
+            _config(out, found)
+            document["config"] = found.config
+        if layers:
+            document["layers"] = [g.as_dict() for g in found.layers]
+            out.line()
+            _layers(out, found.layers, sort)
+        if experts:
+            document["experts"] = [dataclasses.asdict(e) for e in found.experts]
+            out.line()
+            _experts(out, found.experts)
+        if tensors is not None or (stats and not layers):
+            document["tensors"] = _tensors(out, found, sort, tensors is not None)
+        if stats and found.stats is not None:
+            document["stats"] = _total(out, found)
+        return document
+
+    raise typer.Exit(run_command(out, "inspect", work))
+
+
+def summary(out: Output, s: Any) -> None:
+    """Print the summary of a checkpoint."""
+    place = "" if s.has_config or s.config_beside else "   no config.json beside it"
+    files = f"{s.files} file{'s' if s.files != 1 else ''}"
+    out.line(f"{s.label}   {size(s.file_bytes)}   {files}   {number(s.parameters)} parameters{place}")
+    out.line(f"  family   {family(s)}")
+    kinds = "   ".join(f"{code} {entry['tensors']:,}" for code, entry in s.dtypes.items())
+    if s.tied is None:
+        head = ""
+    elif s.tied:
+        head = "   tied lm_head" + (" (stored all the same)" if s.head_stored else "")
+    else:
+        head = "   untied lm_head" if s.head_stored else "   no lm_head"
+    out.line(f"  tensors  {s.tensors:,}   {kinds}{head}")
+    if s.experts:
+        least, most = s.experts["least"], s.experts["most"]
+        out.line(
+            f"  experts  {most if least == most else f'{least} to {most}'} in {s.experts['layers']} layers"
+        )
+    if s.quantized:
+        out.line(f"  quantized  {s.quantized}")
+    if s.companions:
+        shown = ", ".join(s.companions[:8]) + (
+            f", and {len(s.companions) - 8} more" if len(s.companions) > 8 else ""
+        )
+        out.line(f"  beside   {shown}")
+    if s.missing and s.kind == "folder":
+        out.line(f"  missing  {', '.join(s.missing)}")
+    if s.manifest:
+        made = " ".join(str(s.manifest[k]) for k in ("verb", "method") if s.manifest.get(k))
+        inputs = ", ".join(map(str, s.manifest["inputs"]))
+        out.line(
+            f"  made by  surgeon {s.manifest.get('program')}: {made}" + (f" of {inputs}" if inputs else "")
+        )
+    if s.config_beside:
+        out.line("  hint: config.json lies beside it; give the folder to have it read")
+    elif not s.has_config:
+        out.line("  hint: whatever needs config.json takes a model folder; merge has --config for bare files")
+    for note in s.notes:
+        out.note(note)
+
+
+def family(s: Any) -> str:
+    """Return the family and its sizes in one line."""
+    sizes = s.sizes
+    parts = []
+    if "layers" in sizes:
+        parts.append(f"{sizes['layers']} layers")
+    parts += [f"{name} {sizes[name]}" for name in ("hidden", "ffn", "expert ffn") if name in sizes]
+    if "experts" in sizes:
+        parts.append(
+            f"{sizes['experts']} experts" + (f", {sizes['active']} active" if "active" in sizes else "")
+        )
+    if "heads" in sizes:
+        parts.append(f"{sizes['heads']} heads" + (f" / {sizes['kv']} kv" if "kv" in sizes else ""))
+    elif "q_rows" in sizes:
+        parts.append(_heads(sizes["q_rows"], sizes["kv_rows"]))
+    parts += [f"{name} {sizes[name]}" for name in ("vocab", "context") if name in sizes]
+    text = f" ({', '.join(parts)})" if parts else ""
+    if s.family is None:
+        return "unknown" + text
+    if s.family_from == "config":
+        return f"{s.family}{text}" + ("" if s.known_architecture else "   no record of this family here")
+    return f"looks like {s.family}{text}"
+
+
+def _heads(q_rows: int, kv_rows: int) -> str:
+    """Name the head counts a usual head size would give; without a config nothing states it."""
+    for head in (128, 64):
+        if q_rows % head == 0 and kv_rows % head == 0:
+            return f"{q_rows // head} heads / {kv_rows // head} kv if head_dim is {head}"
+    return f"{q_rows} query / {kv_rows} kv rows"
+
+
+def _config(out: Output, found: Any) -> None:
+    if found.config is None:
+        raise UsageError("E207", f"{found.summary.label} has no config.json", help="give the model folder")
+    out.line()
+    out.line(json.dumps(found.config, indent=2, ensure_ascii=False))
+
+
+_STATS = ["norm", "max", "mean", "zero", "non-finite"]
+
+
+def _figures(figures: dict[str, Any]) -> list[str]:
+    return [
+        f"{figures['norm']:.5g}", f"{figures['max_abs']:.4g}", f"{figures['mean']:.3g}", f"{figures['zeros']:.2%}",
+        f"{figures['nonfinite']:,}",
+    ]  # fmt: skip
+
+
+def _layers(out: Output, groups: list[Any], sort: str | None) -> None:
+    chosen = sorted(groups, key=lambda g: -g.bytes) if sort == "size" else groups
+    shown = any(g.stats for g in chosen)
+    rows = []
+    for group in chosen:
+        row = [group.name, f"{group.tensors:,}", number(group.parameters), size(group.bytes)]
+        rows.append(row + (_figures(group.stats.figures()) if group.stats else [""] * 5 if shown else []))
+    out.table(["layer", "tensors", "parameters", "size", *(_STATS if shown else [])], rows)
+
+
+def _experts(out: Output, layers: list[Any]) -> None:
+    if not layers:
+        out.line("no experts: this is a dense model")
+        return
+    rows = [
+        [e.place, e.experts, e.storage, number(e.parameters), size(e.bytes),
+         size(e.per_expert_bytes) if e.per_expert_bytes is not None else "they differ"]
+        for e in layers
+    ]  # fmt: skip
+    out.table(["module", "experts", "storage", "parameters", "size", "per expert"], rows)
+
+
+def _tensors(out: Output, found: Any, sort: str | None, asked: bool) -> list[dict[str, Any]]:
+    items = list(found.tensors.items())
+    if sort == "size":
+        items.sort(key=lambda item: (-item[1].nbytes, item[0]))
+    elif sort == "name":
+        items.sort()
+    stats = found.stats
+    rows, entries = [], []
+    for name, info in items:
+        entry = {
+            "name": name, "dtype": info.dtype, "shape": list(info.shape), "bytes": info.nbytes, "file": info.file.name
+        }  # fmt: skip
+        row = [name, info.dtype, "x".join(map(str, info.shape)) or "scalar", size(info.nbytes)]
+        figures = stats[name].figures() if stats is not None and name in stats else None
+        entries.append(entry | (figures or {}))
+        rows.append(row + (_figures(figures) if figures else [""] * 5 if stats is not None else []))
+    if asked or stats is not None:
+        out.line()
+        out.table(["tensor", "type", "shape", "size", *(_STATS if stats is not None else [])], rows)
+    return entries
+
+
+def _total(out: Output, found: Any) -> dict[str, Any]:
+    from surgeon.inspection import Stats
+
+    total = Stats()
+    for figures in found.stats.values():
+        total.add(figures)
+    bad = [name for name, figures in found.stats.items() if figures.nonfinite]
+    figures = total.figures()
+    out.line()
+    out.line(f"all      norm {figures['norm']:.6g}   largest {figures['max_abs']:.4g}   zeros {figures['zeros']:.2%}   "
+             f"non-finite {figures['nonfinite']:,}")  # fmt: skip
+    for name in bad[:5]:
+        out.warning(f"non-finite values in {name}")
+    if len(bad) > 5:
+        out.warning(f"and in {len(bad) - 5} more tensors")
+    left = len(found.tensors) - len(found.stats)
+    if left:
+        out.note(f"{left} tensors are of types without plain values; no statistics for them")
+    return figures | {"tensors": len(found.stats), "tensors_with_nonfinite": bad}

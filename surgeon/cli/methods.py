@@ -1,0 +1,164 @@
+"""``surgeon methods``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from surgeon.cli import options as o
+from surgeon.cli.errors import run_command
+from surgeon.cli.output import Output
+
+FAMILIES = ("merge",)
+_OPTIONS = {"weight", "density", "lambda", "t", "normalize"}
+
+
+def methods(
+    name: Annotated[
+        str | None, typer.Argument(metavar="merge|NAME", help="A family, or one method.")
+    ] = None,
+    json_: o.Json = False,
+    quiet: o.Quiet = False,
+    verbose: o.Verbose = False,
+) -> None:
+    """List methods, or show one method's page."""
+    out = Output(json_, quiet, verbose)
+
+    def work() -> dict[str, Any]:
+        from surgeon.merge.methods import catalogue, names
+
+        if name is None or name in FAMILIES:
+            found = [catalogue(n) for n in names()]
+            _listing(out, found)
+            return {"family": "merge", "methods": [describe(m) for m in found]}
+        method = catalogue(name)
+        _page(out, method)
+        return {"family": "merge", "method": {**describe(method), "page": method.page}}
+
+    raise typer.Exit(run_command(out, "methods", work))
+
+
+def describe(method: Any) -> dict[str, Any]:
+    """Return a method as data."""
+    return {
+        "name": method.name.replace("_", "-"),
+        "title": method.title,
+        "summary": method.summary,
+        "base": method.base,
+        "models": {"least": method.models[0], "most": method.models[1]},
+        "random": method.random,
+        "absent_tensors": method.absent,
+        "reference": method.reference,
+        "parameters": [
+            {
+                "name": p.name, "kind": p.kind, "help": p.help, "per_model": p.per_model, "required_in_yaml": p.required,
+                "default": p.default if p.cli is None else p.cli, "default_in_yaml": p.default,
+                "range": span(p), "choices": list(p.choices), "without_effect": p.inert, "option": _option(p.name),
+            }
+            for p in method.parameters
+        ],
+    }  # fmt: skip
+
+
+def _option(name: str) -> str:
+    return f"--{name}" if name in _OPTIONS else f"--param {name}="
+
+
+def span(parameter: Any) -> str | None:
+    """Return the accepted range as an interval."""
+    if parameter.low is None and parameter.high is None:
+        return None
+    left = "(-inf" if parameter.low is None else f"{'(' if parameter.open_low else '['}{parameter.low:g}"
+    return f"{left}, {'inf)' if parameter.high is None else f'{parameter.high:g}]'}"
+
+
+def _value(value: Any) -> str:
+    if value is None:
+        return "-"
+    return (
+        str(value).lower()
+        if isinstance(value, bool)
+        else f"{value:g}"
+        if isinstance(value, float)
+        else str(value)
+    )
+
+
+def _defaults(method: Any) -> str:
+    """Name the parameters with their defaults on the command line, and YAML's where it differs."""
+    parts = []
+    for p in method.parameters:
+        if p.inert:
+            continue
+        ours = p.default if p.cli is None else p.cli
+        text = f"{p.name} {_value(ours)}" if ours is not None else p.name
+        if p.required:
+            text += " (YAML: required)"
+        elif p.cli is not None and p.cli != p.default:
+            text += f" (YAML: {_value(p.default)})"
+        parts.append(text)
+    return ", ".join(parts)
+
+
+_BASE = {
+    "required": "needs a base", "optional": "base optional", "ignored": "a base is one more input", "forbidden": "no base"
+}  # fmt: skip
+
+
+def _models(method: Any) -> str:
+    least, most = method.models
+    count = f"{least}" if most == least else f"{least} or more" if most is None else f"{least} to {most}"
+    return f"{count} model{'s' if (most or 2) > 1 else ''}"
+
+
+def _listing(out: Output, found: list[Any]) -> None:
+    for method in found:
+        flags = [_models(method), _BASE[method.base], *(["random"] if method.random else [])]
+        out.line(f"{method.name.replace('_', '-'):<17}  {method.summary}")
+        out.line(f"{'':<17}  {', '.join(flags)}" + (f"; {_defaults(method)}" if _defaults(method) else ""))
+    out.line()
+    out.line(
+        f'{len(found)} merge methods; defaults are the command line\'s, (YAML: ...) those of a mergekit YAML; "surgeon methods NAME" shows a page'
+    )
+
+
+def _page(out: Output, method: Any) -> None:
+    out.line(
+        f"{method.title}   surgeon merge ... --method {method.name.replace('_', '-')}   YAML: merge_method: {method.name}"
+    )
+    out.line()
+    out.line(method.summary)
+    if method.page:
+        out.line()
+        out.line(method.page)
+    out.line()
+    random = "; draws random numbers (--seed)" if method.random else ""
+    out.line(f"takes      {_models(method)}, base included; {_BASE[method.base]}{random}")
+    if method.reference:
+        out.line(f"reference  {method.reference}")
+    if not method.parameters:
+        out.line("parameters none")
+        return
+    out.line()
+    rows = []
+    for p in method.parameters:
+        ours = p.default if p.cli is None else p.cli
+        yaml = "required" if p.required else _value(p.default)
+        allowed = ", ".join(p.choices) if p.choices else span(p) or p.kind
+        text = (
+            p.help
+            + (" (for each model)" if p.per_model else "")
+            + (" (accepted, without effect)" if p.inert else "")
+        )
+        rows.append([p.name, _value(ours), yaml, allowed, text])
+    out.table(["parameter", "default", "in YAML", "values", "meaning"], rows)
+    out.line()
+    out.line(
+        "Options: "
+        + ", ".join(
+            _option(p.name) + ("" if p.name in _OPTIONS else "VALUE")
+            for p in method.parameters
+            if not p.inert
+        )
+    )

@@ -1,0 +1,228 @@
+"""Real readers: a model is loaded and used by stock transformers in a process of its own.
+
+A reader may crash, hang or use up the memory; then that is the finding. The child process runs
+`surgeon.verify.reader_child` with the hub switched off and limits on time and memory, and never
+runs code that a model brings along.
+
+Codes: E360 loading failed, E361 generation, E362 tokenizer or chat template, E363 comparison,
+E364 the reader crashed; E512 torch or transformers is missing, E513 the reader cannot do it here
+(memory, the model's own code), E514 out of time.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from surgeon.architectures import traits
+from surgeon.checkpoint.checkpoint import CONFIG_NAME, StoredCheckpoint, open_path
+from surgeon.checkpoint.dtypes import CODES, DTYPES
+from surgeon.checkpoint.vocabulary import has_tokenizer
+from surgeon.errors import EnvironmentFault, InputError, SurgeonError, UsageError, Where
+from surgeon.system import memory_budget, physical_cores
+
+INSTALL = "pip install 'model-surgeon[run]'"
+TIMEOUT = 600.0
+OVERHEAD = 1 << 30
+"""Memory a reader needs beside the weights: its code, activations of short inputs, one shard."""
+
+_CODES = {"load": "E360", "generate": "E361", "tokenizer": "E362", "chat template": "E362", "against": "E363"}
+_BUFFERS = (".inv_freq", ".masked_bias", ".position_ids", ".attn.bias", ".attention.bias")
+
+
+@dataclass
+class Reading:
+    """What a reader said.
+
+    Attributes:
+        checks: check -> its figures; None for a check that had nothing to look at.
+        errors: failures.
+        warnings: what is odd and not wrong.
+        versions: of the reader's packages.
+    """
+
+    checks: dict[str, Any] = field(default_factory=dict)
+    errors: list[SurgeonError] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+def available() -> list[str]:
+    """Return the packages a reader needs that are not installed; imports nothing."""
+    return [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+
+
+def require(*folders: Path) -> None:
+    """Refuse what no reader can load, and a machine without a reader.
+
+    Raises:
+        UsageError: E207 not a model folder.
+        EnvironmentFault: E512 torch or transformers is missing.
+    """
+    for place in folders:
+        if not (place / CONFIG_NAME).is_file():
+            raise UsageError("E207", f"{place} is no model folder; readers load folders with {CONFIG_NAME}",
+                             help="give the folder")  # fmt: skip
+    missing = available()
+    if missing:
+        raise EnvironmentFault("E512", f"{' and '.join(missing)} not installed: the model cannot be loaded here",
+                               help=INSTALL)  # fmt: skip
+
+
+def read_with_transformers(
+    path: Path,
+    *,
+    generate: bool = False,
+    against: Path | None = None,
+    timeout: float = TIMEOUT,
+    memory_limit: int | None = None,
+) -> Reading:
+    """Load a model folder with transformers in a fresh process; optionally generate and compare.
+
+    Raises:
+        UsageError: E207 the model is a bare file, which no reader loads.
+        EnvironmentFault: E512 to E514 it cannot be tried here.
+    """
+    require(path, *([against] if against is not None else []))
+    budget = memory_limit or memory_budget()
+    request = _request(path, generate, against, budget)
+    answer, code = _run(request, timeout)
+    return _reading(path, answer, code)
+
+
+def _request(path: Path, generate: bool, against: Path | None, budget: int) -> dict[str, Any]:
+    checkpoint = open_path(path, str(path))
+    try:
+        request = _describe(checkpoint)
+        needed = _needed(checkpoint, wide=generate or against is not None)
+    finally:
+        checkpoint.close()
+    if against is not None:
+        other = open_path(against, str(against))
+        needed = max(needed, _needed(other, wide=True))
+        request["vocabulary"] = min(request["rows"], _rows(other)) or None
+        other.close()
+    else:
+        request["vocabulary"] = None
+    if needed > budget:
+        raise EnvironmentFault(
+            "E513", f"loading {path} needs about {needed / 1e9:.1f} GB of memory, {budget / 1e9:.1f} GB are available",
+            help="verify it on a larger machine; the static checks need no memory",
+        )  # fmt: skip
+    return {
+        **request, "path": str(path.absolute()), "generate": generate, "threads": physical_cores(),
+        "against": str(against.absolute()) if against else None, "has_tokenizer": has_tokenizer(path),
+        "memory_limit": max(budget, 2 * OVERHEAD),
+    }  # fmt: skip
+
+
+def _describe(checkpoint: StoredCheckpoint) -> dict[str, Any]:
+    """Return what the loaded model is compared with: parameters, declared type."""
+    config = checkpoint.config or {}
+    section = traits.text_section(config)
+    declared = next((s[k] for s in (config, section) for k in ("dtype", "torch_dtype") if isinstance(s.get(k), str)), None)  # fmt: skip
+    declared = declared.removeprefix("torch.") if declared else None
+    packed = traits.quantized(checkpoint) is not None
+    head, embedding = traits.head_name(checkpoint.tensors), traits.embedding_name(checkpoint.tensors)
+    skipped = {n for n in checkpoint.tensors if n.endswith(_BUFFERS)}
+    if traits.is_tied(checkpoint) and head is not None and embedding is not None:
+        skipped.add(head)
+    count = sum(t.elements for n, t in checkpoint.tensors.items() if n not in skipped)
+    stored = {t.dtype for t in checkpoint.tensors.values() if DTYPES[t.dtype].family == "float"}
+    # Mixed files load as declared, in one type; a type the files never use proves nothing either way.
+    plain = declared in CODES and not packed and stored == {CODES[declared]}
+    return {
+        "parameters": None if packed else count,
+        "dtype": declared if plain else None,
+        "rows": _rows(checkpoint),
+    }
+
+
+def _rows(checkpoint: StoredCheckpoint) -> int:
+    name = traits.embedding_name(checkpoint.tensors)
+    return checkpoint.tensors[name].shape[0] if name else 0
+
+
+def _needed(checkpoint: StoredCheckpoint, *, wide: bool) -> int:
+    stored = sum(t.nbytes for t in checkpoint.tensors.values())
+    return OVERHEAD + (
+        max(stored, sum(4 * t.elements for t in checkpoint.tensors.values())) if wide else stored
+    )
+
+
+def _run(request: dict[str, Any], timeout: float) -> tuple[dict[str, Any], int]:
+    environment = {
+        **os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
+        "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": str(request["threads"]),
+    }  # fmt: skip
+    child = Path(__file__).with_name("reader_child.py")
+    with tempfile.TemporaryDirectory(prefix="surgeon-reader-") as folder:
+        file = Path(folder) / "answer.json"
+        process = subprocess.Popen(
+            [sys.executable, "-P", str(child)], env=environment, cwd=folder, stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+        try:
+            process.communicate(json.dumps({**request, "answer": str(file)}).encode(), timeout=timeout)
+        except subprocess.TimeoutExpired:
+            stage = _answer(file).get("stage", "start")
+            raise EnvironmentFault("E514", f"the reader did not finish within {timeout:g} s; it was {stage}",
+                                   help="--timeout allows more; a chat template that never ends also looks like this") from None  # fmt: skip
+        finally:
+            if process.poll() is None:
+                _kill(process)
+        return _answer(file), process.returncode
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except (OSError, AttributeError):
+        process.kill()
+    process.wait()
+
+
+def _answer(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return {}
+
+
+def _reading(path: Path, answer: dict[str, Any], code: int) -> Reading:
+    stage = answer.get("stage", "start")
+    if stage != "done" and not answer.get("unable"):
+        if code == -signal.SIGKILL:
+            raise EnvironmentFault("E513", f"the reader was killed while {stage}; most likely the memory ran out",
+                                   help="verify it on a larger machine")  # fmt: skip
+        how = f"was ended by {_signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
+        error = InputError("E364", f"the reader {how} while {stage}", where=Where(str(path)),
+                           help="transformers crashes on this model; the static checks may say why")  # fmt: skip
+        return Reading(
+            answer.get("checks", {}), [error], answer.get("warnings", []), answer.get("versions", {})
+        )
+    if answer.get("unable"):
+        text = answer["unable"]
+        absent = "not installed" in text or "requires" in text
+        raise EnvironmentFault("E512" if absent else "E513", f"the model cannot be loaded here: {text}",
+                               help=INSTALL if absent else None)  # fmt: skip
+    errors: list[SurgeonError] = [
+        InputError(_CODES.get(f["check"], "E364"), f["message"], where=Where(str(path)))
+        for f in answer["failures"]
+    ]
+    return Reading(answer["checks"], errors, answer["warnings"], answer.get("versions", {}))
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
