@@ -137,7 +137,9 @@ def merge(
     Example:
         >>> surgeon.merge(["long", "short"], method="ties", output="merged")  # doctest: +SKIP
     """
-    if not isinstance(models, (str, Path)) and any(isinstance(m, Mapping) for m in models):
+    if isinstance(models, (str, Path)):
+        models = [models]
+    if any(isinstance(m, Mapping) for m in models):
         return _merge_states(models, output, threads, progress, method=method, **options)
     request = build_request(models=tuple(str(m) for m in models), method=method, **options)
     planned = plan_merge(request, title=Path(output).stem if output else "merged")

@@ -148,8 +148,8 @@ def run(
         background = _Background(writers, state)
         try:
             _run_items(state, pending)
-            recheck(tuple(headers))
             inputs = digester.finish()
+            recheck(tuple(headers))  # last: the digests are of what was read, or the run has failed
         except BaseException:
             state.failure.append(_Abandon())
             digester.stop()

@@ -146,32 +146,49 @@ class AdapterView:
         embedding = "lora_embedding_A" in parts
         first, second = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
         if first not in parts or second not in parts:
-            return InputError("E338", f"the adapter's part for {printable(module)} is incomplete", where=where)
+            return InputError(
+                "E338", f"the adapter's part for {printable(module)} is incomplete", where=where
+            )
         a, b = _read_all(stored, parts[first]), _read_all(stored, parts[second])
         if embedding:  # stored as A [r, vocabulary], B [hidden, r]; the weight is [vocabulary, hidden]
             a, b = b.T.copy(), a.T.copy()
         shape = self.tensors[target].shape
         transposed = bool(config.get("fan_in_fan_out")) and not embedding
         wanted = shape[::-1] if transposed else shape
-        if len(shape) != 2 or a.ndim != 2 or b.ndim != 2 or (b.shape[0], a.shape[1]) != wanted or a.shape[0] != b.shape[1]:
+        if (
+            len(shape) != 2
+            or a.ndim != 2
+            or b.ndim != 2
+            or (b.shape[0], a.shape[1]) != wanted
+            or a.shape[0] != b.shape[1]
+        ):
             return self._misfit(target, (b.shape[0], a.shape[-1]), where)
         rank = a.shape[0]
         alpha = _pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", rank))
-        if not rank or isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+        if (
+            not rank
+            or isinstance(alpha, bool)
+            or not isinstance(alpha, (int, float))
+            or not math.isfinite(alpha)
+        ):
             return InputError("E338", f"the adapter's scale for {printable(module)} is no number: {str(alpha)!r:.40} / {rank}",
                               where=where, help="lora_alpha in adapter_config.json must be a number")  # fmt: skip
         scale = float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
         magnitude = None
         if config.get("use_dora"):
             if "lora_magnitude_vector" not in parts:
-                return InputError("E338", f"the DoRA magnitude of {printable(module)} is missing", where=where)
+                return InputError(
+                    "E338", f"the DoRA magnitude of {printable(module)} is missing", where=where
+                )
             if transposed or embedding:
                 return InputError("E338", f"DoRA on {printable(module)} (embedding or Conv1D) is not supported", where=where,
                                   help="merge it with peft and give the merged model")  # fmt: skip
             magnitude = _read_all(stored, parts["lora_magnitude_vector"]).reshape(-1)
             if magnitude.shape != (shape[0],):
                 return self._misfit(target, magnitude.shape, where)
-        self._low[target] = _Low(np.ascontiguousarray(a), np.ascontiguousarray(b), scale, magnitude, transposed)
+        self._low[target] = _Low(
+            np.ascontiguousarray(a), np.ascontiguousarray(b), scale, magnitude, transposed
+        )
         return None
 
     def computed(self, name: str) -> bool:
@@ -199,7 +216,9 @@ class AdapterView:
         if name in self._replaced:  # an adapter may store the layer it was trained on, too
             base = self._replaced[name][first * columns : last * columns]
         else:
-            base = widen(self._base.read(name, first * columns, last * columns), info.dtype).astype(np.float32)
+            base = widen(self._base.read(name, first * columns, last * columns), info.dtype).astype(
+                np.float32
+            )
         weight = base.reshape(-1, columns)
         if low.transposed:  # W.T = B A, so rows of W are columns of B A
             weight = weight + np.float32(low.scale) * (low.a[:, first:last].T @ low.b.T)

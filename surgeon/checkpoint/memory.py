@@ -34,20 +34,21 @@ def is_torch(value: Any) -> bool:
 class MemoryCheckpoint:
     """Tensors by name as one Checkpoint; it has neither a folder nor a config."""
 
-    folder = None
-    config = None
-    headers: tuple[Header, ...] = ()
-
     def __init__(self, label: str, state: Mapping[str, Any]) -> None:
         self.label = label
-        self.tensors: dict[str, TensorInfo] = {}
+        self.folder: Path | None = None
+        self.config: dict[str, Any] | None = None
+        self.headers: tuple[Header, ...] = ()
+        self.tensors: Mapping[str, TensorInfo]
         self._flat: dict[str, np.ndarray] = {}
+        infos: dict[str, TensorInfo] = {}
         for number, (name, value) in enumerate(state.items()):
             code, array = _bits(label, name, value)
             flat = array.reshape(-1)
             flat.flags.writeable = False
             self._flat[name] = flat
-            self.tensors[name] = TensorInfo(name, code, tuple(array.shape), Path(label), number, flat.nbytes)
+            infos[name] = TensorInfo(name, code, tuple(array.shape), Path(label), number, flat.nbytes)
+        self.tensors = infos
 
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
         return self._flat[name][start:stop]
@@ -73,6 +74,7 @@ def _bits(label: str, name: str, value: Any) -> tuple[str, np.ndarray]:
         raise InputError("E307", f"{printable(name)} of {label} is {kind}, which is neither a plain array nor a tensor",
                          help="give numpy arrays or torch tensors of floats, integers or booleans")  # fmt: skip
     carrier = DTYPES[_CODES[kind]].carrier
+    assert carrier is not None
     array = np.ascontiguousarray(array).reshape(array.shape)
     if array.dtype.byteorder == ">":
         array = array.astype(array.dtype.newbyteorder("<"))

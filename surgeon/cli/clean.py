@@ -15,9 +15,7 @@ from surgeon.cli.output import Output, size
 
 
 def clean(
-    folder: Annotated[
-        str, typer.Argument(metavar="FOLDER", help="The folder that holds the outputs.")
-    ] = ".",
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="The folder that holds the outputs.")] = ".",
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Remove without asking.")] = False,
     json_: o.Json = False,
     quiet: o.Quiet = False,

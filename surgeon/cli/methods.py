@@ -15,9 +15,7 @@ _OPTIONS = {"weight", "density", "lambda", "t", "normalize"}
 
 
 def methods(
-    name: Annotated[
-        str | None, typer.Argument(metavar="merge|NAME", help="A family, or one method.")
-    ] = None,
+    name: Annotated[str | None, typer.Argument(metavar="merge|NAME", help="A family, or one method.")] = None,
     json_: o.Json = False,
     quiet: o.Quiet = False,
     verbose: o.Verbose = False,

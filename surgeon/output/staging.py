@@ -205,7 +205,11 @@ def _foreign_entries(folder: Path) -> list[str]:
     ]
     relative = {str(p.relative_to(folder)) for p in names}
     moving = any(p.name.startswith(HIDDEN) for p in folder.iterdir())
-    if not listed and not moving and not any(n == COMMIT_RECORD or n.endswith(".safetensors") for n in relative):
+    if (
+        not listed
+        and not moving
+        and not any(n == COMMIT_RECORD or n.endswith(".safetensors") for n in relative)
+    ):
         return sorted(relative)
     foreign = []
     for path in names:

@@ -138,7 +138,7 @@ def test_B3_bombs_cost_little(tmp_path, kind):
         env={**os.environ, "PYTHONPATH": str(kit.REPOSITORY)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-500:]
-    verdict, what, seconds = done.stdout.split()
+    verdict, _, seconds = done.stdout.split()
     assert verdict == ("accepted" if kind == "empty tensors" else "refused"), done.stdout
     assert float(seconds) < 8, done.stdout
 

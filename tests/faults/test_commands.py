@@ -89,7 +89,7 @@ USAGE = [
 @pytest.mark.parametrize(("arguments", "code", "word"), USAGE, ids=[" ".join(a) for a, _, _ in USAGE])
 def test_F6_usage_errors_are_exit_code_2_before_any_work(long_short, scratch, capsys, arguments, code, word):
     method = [] if "--method" in arguments else ["--method", "task-arithmetic"]
-    status, out, err = surgeon(capsys, "merge", *long_short, *method, *arguments, "-o", scratch / "out")
+    status, _, err = surgeon(capsys, "merge", *long_short, *method, *arguments, "-o", scratch / "out")
     assert status in {2, 3}, (status, err)
     assert status == 2 or arguments[0] == "--tokenizer", err
     assert word in err
@@ -114,7 +114,7 @@ def test_json_is_one_document_for_results_and_refusals(long_short, scratch, caps
     done = json.loads(out)
     assert code == 0 and done["status"] == "ok" and done["exit_code"] == 0 and done["error"] is None
     (long_short[0] / "model.safetensors").write_bytes(b"")
-    code, out, err = surgeon(capsys, "merge", *long_short, "--method", "ties", "-o", scratch / "no", "--json")
+    code, out, _ = surgeon(capsys, "merge", *long_short, "--method", "ties", "-o", scratch / "no", "--json")
     failed = json.loads(out)
     assert code == 3 == failed["exit_code"] and failed["error"]["code"] == "E303"
     assert failed["error"]["help"] and failed["error"]["where"]["file"].endswith("model.safetensors")
