@@ -173,7 +173,12 @@ def run(
 
 
 def compute(
-    plan: Plan, writers: Any, *, threads: int, progress: Progress | None = None, stop: threading.Event | None = None
+    plan: Plan,
+    writers: Any,
+    *,
+    threads: int,
+    progress: Progress | None = None,
+    stop: threading.Event | None = None,
 ) -> None:
     """Execute a plan whose inputs and outputs lie in memory: nothing is journalled, hashed or read back.
 
@@ -223,9 +228,7 @@ def _keep_freed_memory() -> None:
     mallopt(trim_threshold, 64 << 20)
 
 
-def _in_file_order(
-    plan: Plan, writers: dict[str, ModelWriter], done: set[int]
-) -> list[tuple[int, WorkItem]]:
+def _in_file_order(plan: Plan, writers: dict[str, ModelWriter], done: set[int]) -> list[tuple[int, WorkItem]]:
     """Return the items to do in the order of their first output's place.
 
     Files then fill from front to back, so that reading back can follow, and inputs, which lie in the
@@ -595,7 +598,9 @@ def _encode(result: np.ndarray, output, block: Block, operation) -> np.ndarray:
     value = float(result[bad[0]]) if result.dtype.kind == "f" else float("nan")
     overflow = bool(np.isfinite(value))
     reason = f"{value:.6g} does not fit {output.dtype}" if overflow else "overflow, or a division by zero"
-    place = [int(i) for i in np.unravel_index(block.start + int(bad[0]), output.shape)] if output.shape else []
+    place = (
+        [int(i) for i in np.unravel_index(block.start + int(bad[0]), output.shape)] if output.shape else []
+    )
     raise InputError(
         "E322", f"{operation.name} gave a non-finite value in {printable(output.name)} at {place}: {reason}",
         where=Where(tensor=printable(output.name)),

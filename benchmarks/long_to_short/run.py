@@ -46,7 +46,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("demo-output"))
     parser.add_argument("--questions", type=int, default=200)
-    parser.add_argument("--sweep", default="density=0.02,0.05,0.1,0.2,0.4")
+    parser.add_argument("--sweep", default="density=0.02,0.05,0.1,0.2,0.3")
+    parser.add_argument("--seed", type=int, default=1, help="which held-out questions; training was looked at with 0")
     options = parser.parse_args()
     out = options.output
     out.mkdir(parents=True, exist_ok=True)
@@ -65,7 +66,7 @@ def main() -> None:
     print(f"\nanswering {options.questions} held-out questions with {len(names)} models ...", flush=True)
     rows = []
     for name, folder in names.items():
-        report = evaluate.evaluate(folder, questions=options.questions)
+        report = evaluate.evaluate(folder, questions=options.questions, seed=options.seed)
         rows.append({"name": name, "accuracy": report.accuracy, "low": report.low, "high": report.high,
                      "mean_tokens": report.mean_tokens})  # fmt: skip
     front = pareto(rows)

@@ -349,7 +349,9 @@ def _dtype(context: Context, key: str) -> str | None:
         return None
     name = value.removeprefix("torch.") if isinstance(value, str) else None
     if name == "int64":
-        context.refuse("E212", f"{key} int64 would cut all weights to whole numbers", (key,), "bfloat16 or float32")
+        context.refuse(
+            "E212", f"{key} int64 would cut all weights to whole numbers", (key,), "bfloat16 or float32"
+        )
         return None
     if name in DTYPES:
         return name
