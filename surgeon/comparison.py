@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from surgeon.architectures import naming, traits
+from surgeon import traits
+from surgeon.architectures import naming
 from surgeon.checkpoint.checkpoint import Checkpoint
 from surgeon.checkpoint.dtypes import DTYPES
 from surgeon.inspection import Progress, block_ranges, each_tensor, product

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from surgeon import architectures
-from surgeon.architectures import naming, traits
+from surgeon import architectures, traits
+from surgeon.architectures import naming
 from surgeon.checkpoint.checkpoint import Checkpoint
 from surgeon.checkpoint.companions import find_companions, missing_companions
 from surgeon.checkpoint.dtypes import DTYPES

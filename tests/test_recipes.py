@@ -56,20 +56,34 @@ def bf16(x: np.ndarray) -> np.ndarray:
 
 
 def test_adar1_is_the_mean(tmp_path):
-    result, long, short = run("adar1-interpolation", tmp_path), values(MODELS / "long"), values(MODELS / "short")
+    result, long, short = (
+        run("adar1-interpolation", tmp_path),
+        values(MODELS / "long"),
+        values(MODELS / "short"),
+    )
     for name in result:
         np.testing.assert_array_equal(result[name], bf16((long[name] + short[name]) / 2))
 
 
 def test_cot_valve_extrapolates_beyond_short(tmp_path):
-    result, long, short = run("cot-valve-extrapolation", tmp_path), values(MODELS / "long"), values(MODELS / "short")
+    result, long, short = (
+        run("cot-valve-extrapolation", tmp_path),
+        values(MODELS / "long"),
+        values(MODELS / "short"),
+    )
     for name in result:
-        expected = long[name].astype(np.float32) + np.float32(1.2) * (short[name] - long[name]).astype(np.float32)
+        expected = long[name].astype(np.float32) + np.float32(1.2) * (short[name] - long[name]).astype(
+            np.float32
+        )
         np.testing.assert_allclose(result[name], bf16(expected), rtol=2**-7, atol=1e-30)
 
 
 def test_dler_keeps_a_quarter_scaled(tmp_path):
-    result, base, short = run("dler-keep25-scale70", tmp_path), values(MODELS / "base"), values(MODELS / "short")
+    result, base, short = (
+        run("dler-keep25-scale70", tmp_path),
+        values(MODELS / "base"),
+        values(MODELS / "short"),
+    )
     for name in result:
         delta = short[name] - base[name]
         moved = result[name] != base[name]

@@ -43,11 +43,15 @@ def pareto(rows: list[dict]) -> set[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, default=Path("demo-output"))
     parser.add_argument("--questions", type=int, default=200)
     parser.add_argument("--sweep", default="density=0.02,0.05,0.1,0.2,0.3")
-    parser.add_argument("--seed", type=int, default=1, help="which held-out questions; training was looked at with 0")
+    parser.add_argument(
+        "--seed", type=int, default=1, help="which held-out questions; training was looked at with 0"
+    )
     options = parser.parse_args()
     out = options.output
     out.mkdir(parents=True, exist_ok=True)
@@ -55,7 +59,9 @@ def main() -> None:
 
     surgeon("merge", long, short, "--method", "ties", "-o", out / "merged", "--overwrite")
     surgeon("verify", out / "merged", "--load", "--generate")
-    surgeon("merge", long, short, "--method", "ties", "--sweep", options.sweep, "-o", out / "sweep", "--overwrite")
+    surgeon(
+        "merge", long, short, "--method", "ties", "--sweep", options.sweep, "-o", out / "sweep", "--overwrite"
+    )
 
     sys.path.insert(0, str(MODELS))
     import evaluate
@@ -77,8 +83,12 @@ def main() -> None:
         change = row["mean_tokens"] / base["mean_tokens"] - 1
         mark = "*" if row["name"] in front else ""
         print(f"{row['name']:<24}{interval:>26}{row['mean_tokens']:>13.1f}{change:>+13.0%}  {mark}")
-    (out / "result.json").write_text(json.dumps({"questions": options.questions, "rows": rows}, indent=2) + "\n")
-    print(f"\n* = on the Pareto front (no model is both more accurate and shorter). Data: {out / 'result.json'}")
+    (out / "result.json").write_text(
+        json.dumps({"questions": options.questions, "rows": rows}, indent=2) + "\n"
+    )
+    print(
+        f"\n* = on the Pareto front (no model is both more accurate and shorter). Data: {out / 'result.json'}"
+    )
 
 
 if __name__ == "__main__":

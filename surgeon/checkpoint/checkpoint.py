@@ -179,7 +179,7 @@ class StoredCheckpoint:
         out = np.empty(stop - start, dtype=carrier)
         if out.nbytes:
             self._files.read_into(
-                self._by_path[info.file], memoryview(out).cast("B"), info.offset + start * carrier.itemsize
+                self._by_path[info.file], out.view(np.uint8).data, info.offset + start * carrier.itemsize
             )
         return out
 
@@ -188,7 +188,7 @@ class StoredCheckpoint:
         info = self.tensors[name]
         out = np.empty(stop - start, dtype=np.uint8)
         if out.nbytes:
-            self._files.read_into(self._by_path[info.file], memoryview(out).cast("B"), info.offset + start)
+            self._files.read_into(self._by_path[info.file], out.view(np.uint8).data, info.offset + start)
         return out
 
     def granularity(self, name: str) -> int:

@@ -13,10 +13,10 @@ from typing import Any
 
 from surgeon.architectures import conformance
 from surgeon.architectures import get as architecture_of
-from surgeon.architectures.traits import embedding_name, head_name, is_tied, quantized, text_section
 from surgeon.checkpoint.checkpoint import Checkpoint
 from surgeon.checkpoint.header import printable
 from surgeon.errors import InputError, SurgeonError, Where, raise_all
+from surgeon.traits import embedding_name, head_name, is_tied, quantized, text_section
 
 _MUST_AGREE = ("rope", "head_dim", "sliding_window", "partial_rotary_factor")
 """Positions and heads mean something else where these differ: no weight average can be right."""

@@ -187,7 +187,10 @@ class Combination(Operation):
         if coefficients.ndim == 1 and self._end_point(coefficients):
             # End points keep their exact bits; b + (x - b) would not.
             taken = np.flatnonzero(coefficients)
-            return values[taken[0]] if len(taken) else block.value(self.base, self.work)
+            if len(taken):
+                return values[taken[0]]
+            assert self.base is not None
+            return block.value(self.base, self.work)
         wide = values[0].dtype.type
         total = np.zeros(values[0].shape, dtype=wide)
         for vector, c in zip(self._vectors(block), coefficients, strict=True):

@@ -407,9 +407,8 @@ class _Folder:
         if self.spec.source_text is not None:
             files["mergekit_config.yml"] = self._without_paths(self.spec.source_text).encode()
         if self.vocabulary is not None or any(n.startswith("tokenizer") for n in files):
-            lacking = [
-                m for m in text.missing if m in {"tokenizer", "generation_config.json", "chat template"}
-            ]
+            missing = text.missing if text is not None else ()
+            lacking = [m for m in missing if m in {"tokenizer", "generation_config.json", "chat template"}]
             if lacking and GENERATION_FILE in files:
                 lacking = [m for m in lacking if m != GENERATION_FILE]
             if lacking:

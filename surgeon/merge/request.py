@@ -102,7 +102,9 @@ def resolve(request: MergeRequest) -> Resolved:
         raise UsageError("E205", f"{method.name.replace('_', '-')} takes no base", help="leave out --base")
     if len(set(models)) != len(models):
         twice = next(str(m) for m in models if models.count(m) > 1)
-        raise UsageError("E206", f"{twice} is given twice", help="name each model once; --weight sets its share")
+        raise UsageError(
+            "E206", f"{twice} is given twice", help="name each model once; --weight sets its share"
+        )
     listed = models if base is None or base in models else [*models, base]
     _check_count(method, len(listed), base)
     others = [m for m in listed if m != base] if method.base in {"required", "optional"} else listed
@@ -144,7 +146,9 @@ def _default(parameter: Parameter) -> Any:
     return parameter.default if parameter.cli is None else parameter.cli
 
 
-def _per_model(request: MergeRequest, method: Method, others: list[ModelRef]) -> dict[ModelRef, dict[str, Any]]:
+def _per_model(
+    request: MergeRequest, method: Method, others: list[ModelRef]
+) -> dict[ModelRef, dict[str, Any]]:
     each: dict[ModelRef, dict[str, Any]] = {m: {} for m in others}
     given: dict[str, tuple[float, ...]] = {}
     for name in ("weight", "density"):
@@ -187,7 +191,9 @@ def _per_model(request: MergeRequest, method: Method, others: list[ModelRef]) ->
 def _shared(request: MergeRequest, method: Method) -> dict[str, Any]:
     given: dict[str, Any] = {}
     if request.lambda_ is not None:
-        given["scale" if "lambda" not in method.table and "scale" in method.table else "lambda"] = request.lambda_
+        given["scale" if "lambda" not in method.table and "scale" in method.table else "lambda"] = (
+            request.lambda_
+        )
     if request.t is not None:
         given["t"] = request.t
     if request.normalize is not None:
@@ -229,9 +235,20 @@ def coerce(parameter: Parameter, value: Any) -> Any:
         if parameter.kind == "int":
             return int(value)
     except ValueError:
-        raise UsageError("E212", f'{parameter.name} is "{value}"', help=f"it must be a {parameter.kind}") from None
+        raise UsageError(
+            "E212", f'{parameter.name} is "{value}"', help=f"it must be a {parameter.kind}"
+        ) from None
     if parameter.kind == "bool":
-        words = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+        words = {
+            "true": True,
+            "yes": True,
+            "on": True,
+            "1": True,
+            "false": False,
+            "no": False,
+            "off": False,
+            "0": False,
+        }
         if value.lower() not in words:
             raise UsageError("E212", f'{parameter.name} is "{value}"', help="it must be true or false")
         return words[value.lower()]
@@ -263,7 +280,9 @@ def sweep_points(request: MergeRequest, method: Method) -> dict[str, dict[str, f
             for value in values
         }
     if len(points) > 64:
-        raise UsageError("E215", f"the sweep has {len(points)} points", help="at most 64 outputs are written at once")
+        raise UsageError(
+            "E215", f"the sweep has {len(points)} points", help="at most 64 outputs are written at once"
+        )
     return points
 
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from surgeon.architectures import traits
+from surgeon import traits
 from surgeon.checkpoint.checkpoint import CONFIG_NAME, StoredCheckpoint, open_path
 from surgeon.checkpoint.dtypes import CODES, DTYPES
 from surgeon.checkpoint.vocabulary import has_tokenizer

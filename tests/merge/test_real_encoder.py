@@ -13,7 +13,12 @@ from transformers import AutoModel, AutoTokenizer
 
 from surgeon import api
 
-SENTENCES = ["A man is eating food.", "The girl is carrying a baby.", "Someone eats a meal.", "Stocks fell sharply."]
+SENTENCES = [
+    "A man is eating food.",
+    "The girl is carrying a baby.",
+    "Someone eats a meal.",
+    "Stocks fell sharply.",
+]
 
 
 @pytest.fixture(scope="module")
@@ -70,5 +75,11 @@ def test_ties_moves_a_fifth_and_companions_survive(encoder, perturbed, tmp_path)
         if value.is_floating_point() and value.numel() > 1000:
             moved = float((result[name] != value).float().mean())
             assert np.isclose(moved, 0.2, atol=2e-3), name
-    for name in ("modules.json", "1_Pooling/config.json", "sentence_bert_config.json", "vocab.txt", "tokenizer.json"):
+    for name in (
+        "modules.json",
+        "1_Pooling/config.json",
+        "sentence_bert_config.json",
+        "vocab.txt",
+        "tokenizer.json",
+    ):
         assert (outcome.path / name).read_bytes() == (encoder / name).read_bytes()

@@ -1,1 +1,0 @@
-"""How a logical tensor becomes stored bytes."""
