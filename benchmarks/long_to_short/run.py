@@ -72,7 +72,7 @@ def main() -> None:
     print(f"\nanswering {options.questions} held-out questions with {len(names)} models ...", flush=True)
     rows = []
     for name, folder in names.items():
-        report = evaluate.evaluate(folder, questions=options.questions, seed=options.seed)
+        report = evaluate.evaluate(folder, questions=options.questions, seed=options.seed, batch_size=200)
         rows.append({"name": name, "accuracy": report.accuracy, "low": report.low, "high": report.high,
                      "mean_tokens": report.mean_tokens})  # fmt: skip
     front = pareto(rows)

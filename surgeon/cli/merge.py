@@ -83,13 +83,8 @@ def merge(
     weights: o.Weights = "auto",
     config: o.ConfigFile = None,
     ignore_unlisted: o.IgnoreUnlisted = False,
-    allow_nonfinite: Annotated[
-        bool, typer.Option("--allow-nonfinite", help="Copy NaN and Inf where a tensor is only copied.")
-    ] = False,
-    allow_pickle: Annotated[
-        bool,
-        typer.Option("--allow-pickle", help="Read pickle checkpoints through torch's weights-only loader."),
-    ] = False,
+    allow_nonfinite: o.AllowNonfinite = False,
+    allow_pickle: o.AllowPickle = False,
     mergekit_quirks: Annotated[
         bool, typer.Option("--mergekit-quirks", help="Reproduce mergekit's oddities that affect numbers.")
     ] = False,

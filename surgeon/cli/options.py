@@ -37,6 +37,12 @@ IgnoreUnlisted = Annotated[
     typer.Option("--ignore-unlisted", help="Leave out tensors a shard holds but its index does not list."),
 ]
 ConfigFile = Annotated[str | None, typer.Option("--config", help="config.json for a bare .safetensors file.")]
+AllowNonfinite = Annotated[
+    bool, typer.Option("--allow-nonfinite", help="Copy NaN and Inf where a tensor is only copied.")
+]
+AllowPickle = Annotated[
+    bool, typer.Option("--allow-pickle", help="Read pickle checkpoints through torch's weights-only loader.")
+]
 
 
 def byte_size(text: str | None, option: str) -> int | None:

@@ -26,6 +26,10 @@ def run(
     mergekit_quirks: Annotated[
         bool, typer.Option("--mergekit-quirks", help="Reproduce mergekit's oddities that affect numbers.")
     ] = False,
+    weights: o.Weights = "auto",
+    ignore_unlisted: o.IgnoreUnlisted = False,
+    allow_nonfinite: o.AllowNonfinite = False,
+    allow_pickle: o.AllowPickle = False,
     offline: o.Offline = False,
     json_: o.Json = False,
     quiet: o.Quiet = False,
@@ -38,7 +42,8 @@ def run(
     def work() -> dict[str, Any]:
         common = {
             "max_shard_size": o.byte_size(max_shard_size, "--max-shard-size"), "seed": seed, "strict": strict,
-            "mergekit_quirks": mergekit_quirks, "offline": offline,
+            "mergekit_quirks": mergekit_quirks, "offline": offline, "weights": weights,
+            "ignore_unlisted": ignore_unlisted, "allow_nonfinite": allow_nonfinite, "allow_pickle": allow_pickle,
         }  # fmt: skip
         settings = Settings(
             output, overwrite, resume, dry_run, threads, o.byte_size(memory_limit, "--memory-limit")
