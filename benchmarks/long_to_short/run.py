@@ -48,7 +48,7 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, default=Path("demo-output"))
     parser.add_argument("--questions", type=int, default=200)
-    parser.add_argument("--sweep", default="density=0.02,0.05,0.1,0.2,0.3")
+    parser.add_argument("--sweep", default="density=0.05,0.1,0.125,0.15,0.2,0.3")
     parser.add_argument(
         "--seed", type=int, default=1, help="which held-out questions; training was looked at with 0"
     )
@@ -65,9 +65,17 @@ def main() -> None:
 
     sys.path.insert(0, str(MODELS))
     import evaluate
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
     points = sorted((out / "sweep").glob("density=*"), key=lambda p: float(p.name.partition("=")[2]))
-    names = {"long": long, "short": short, "merged (density 0.2)": out / "merged"}
+    names = {
+        "long": long,
+        "short": short,
+        "base (their ancestor)": MODELS / "base",
+        "merged (density 0.2)": out / "merged",
+    }
     names |= {f"sweep {p.name}": p for p in points}
     print(f"\nanswering {options.questions} held-out questions with {len(names)} models ...", flush=True)
     rows = []

@@ -6,7 +6,6 @@ there, which operation that makes. Everything that does not fit is collected and
 
 from __future__ import annotations
 
-import fnmatch
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,6 +17,7 @@ from surgeon.architectures.naming import layer_of, main_stack, relayer
 from surgeon.checkpoint.checkpoint import Checkpoint
 from surgeon.checkpoint.dtypes import CODES, CONFIG_NAMES, DTYPES, promote
 from surgeon.checkpoint.header import TensorInfo, printable
+from surgeon.checkpoint.patterns import matches
 from surgeon.errors import InputError, SurgeonError, UsageError, Where, raise_all
 from surgeon.merge import align
 from surgeon.merge.align import Findings
@@ -776,16 +776,6 @@ def _with_point(scopes: SliceScopes, point: Mapping[str, float], method: Method)
         for ref, chain in scopes.per_model.items()
     }
     return SliceScopes(shared, per_model, scopes.where)
-
-
-def matches(pattern: str, name: str) -> bool:
-    """Match a tensor name against a name, a glob, or ``re:`` and a regular expression (full match)."""
-    if pattern.startswith("re:"):
-        try:
-            return re.fullmatch(pattern[3:], name) is not None
-        except re.error as error:
-            raise UsageError("E218", f"{pattern} is not a regular expression: {error}") from None
-    return name == pattern or fnmatch.fnmatchcase(name, pattern)
 
 
 def _unmatched(option: str, pattern: str, names) -> UsageError:
