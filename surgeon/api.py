@@ -92,7 +92,6 @@ def _plan(spec: MergeSpec, request: MergeRequest, resolved: Resolved, title: str
     options = Options(
         ignore=request.ignore, dense=request.dense, layers=request.layers, points=resolved.points, seed=request.seed,
         max_shard_bytes=request.max_shard_size, allow_nonfinite=request.allow_nonfinite, quirks=request.mergekit_quirks,
-        strict=request.strict,
     )  # fmt: skip
     opening = Opening(
         request.offline, request.weights, request.config, request.ignore_unlisted, request.allow_pickle

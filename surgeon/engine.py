@@ -31,9 +31,6 @@ from surgeon.output.journal import Journal
 from surgeon.output.writer import ModelWriter
 from surgeon.plan import BLOCK_ELEMENTS, Block, Plan, WorkItem, blocks_of, is_byte_copy
 
-PUSH_BYTES = 96_000_000
-"""Written bytes between two early write-outs of dirty pages."""
-
 Progress = Callable[[int, int], None]
 
 
@@ -58,7 +55,6 @@ class RunResult:
     summaries: dict[str, dict[str, Any]]
     timing: Timing
     resumed_items: int = 0
-    computed_items: int = 0
 
 
 @dataclass
@@ -168,7 +164,6 @@ def run(
         state.summaries,
         state.timing,
         len(done),
-        len(pending),
     )
 
 

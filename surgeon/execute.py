@@ -44,7 +44,6 @@ class Outcome:
     resumed_items: int = 0
     unchanged: bool = False
     seconds: float = 0.0
-    peak_memory_bytes: int | None = None
     summaries: dict[str, Any] = field(default_factory=dict)
 
 

@@ -27,7 +27,7 @@ from surgeon.checkpoint.header import (
 )
 from surgeon.checkpoint.index import Weights, read_folder
 from surgeon.checkpoint.strict_json import read_json_object
-from surgeon.errors import EnvironmentFault, InputError, UsageError, Where
+from surgeon.errors import EnvironmentFault, InputError, Where
 from surgeon.system import open_file_budget
 
 CONFIG_NAME = "config.json"
@@ -278,17 +278,3 @@ def _open_pickled(path: Path, label: str, config_file: Path | None) -> Any:
     if path.suffix in {".bin", ".pt", ".pth", ".ckpt"}:
         return PickledCheckpoint(label, None, read_json_object(config_file) if config_file else None, [path])
     return None
-
-
-def known_tensor(checkpoint: Checkpoint, name: str) -> TensorInfo:
-    """Return a tensor's info or raise a usage error that names the nearest one."""
-    from surgeon.errors import close_matches
-
-    info = checkpoint.tensors.get(name)
-    if info is None:
-        raise UsageError(
-            "E203",
-            f'{checkpoint.label} has no tensor "{printable(name)}"',
-            help=close_matches(name, checkpoint.tensors),
-        )
-    return info

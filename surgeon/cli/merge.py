@@ -277,9 +277,14 @@ def summary(out: Output, plan: Any, described: dict[str, Any]) -> None:
 
 def report(out: Output, plan: Any, described: dict[str, Any], outcome: Any) -> dict[str, Any]:
     """Print the result and return the JSON document's body."""
+    from surgeon.kernels import fused
     from surgeon.system import peak_memory
 
     peak = peak_memory()
+    if fused.problem():
+        out.note(
+            f"compiled kernels cannot be used here ({fused.problem()}); NumPy gave the same bits, slower"
+        )
     update = effective_update(outcome.summaries)
     if out.quiet:
         pass
@@ -322,6 +327,7 @@ def report(out: Output, plan: Any, described: dict[str, Any], outcome: Any) -> d
         "plan": described,
         "metrics": {"effective_update": {k: v for k, v in update.items() if k != "text"}} if update else {},
         "gates": [],
+        "compiled_kernels": fused.available(),
         "peak_memory_bytes": peak,
         "seconds": round(outcome.seconds, 3),
         "timing": {k: round(v, 3) for k, v in vars(outcome.timing).items()},

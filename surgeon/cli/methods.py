@@ -46,7 +46,6 @@ def describe(method: Any) -> dict[str, Any]:
         "base": method.base,
         "models": {"least": method.models[0], "most": method.models[1]},
         "random": method.random,
-        "absent_tensors": method.absent,
         "reference": method.reference,
         "parameters": [
             {

@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import numpy as np
 
-WORK_TYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float32, "BF16": np.float32}
-"""Storage code -> type arithmetic is done in."""
-
 
 def widen(raw: np.ndarray, code: str) -> np.ndarray:
     """Return raw values of storage type ``code`` as float32 (float64 for F64).

@@ -24,6 +24,7 @@ WORTH_BYTES = 150_000_000
 _lock = threading.Lock()
 _module: ModuleType | None = None
 _broken = False
+_problem = ""
 _forced: bool | None = None
 _wanted = False
 
@@ -40,13 +41,18 @@ def prepare(nbytes: int) -> None:
     _wanted = nbytes >= WORTH_BYTES
 
 
+def problem() -> str:
+    """Return why compiled kernels that this run was large enough for are not in use; "" when they are."""
+    return _problem
+
+
 def available() -> bool:
     """Return whether compiled kernels are in use."""
     return _kernels() is not None
 
 
 def _kernels() -> ModuleType | None:
-    global _module, _broken
+    global _module, _broken, _problem
     if _forced is False or _broken or not (_forced or _wanted):
         return None
     if _module is None:
@@ -54,8 +60,8 @@ def _kernels() -> ModuleType | None:
             if _module is None and not _broken:
                 try:
                     from surgeon.kernels import compiled
-                except Exception:  # no numba, or one that cannot write its cache: NumPy does it all
-                    _broken = True
+                except Exception as error:  # no numba, or one that cannot write its cache: NumPy does it all
+                    _broken, _problem = True, f"{type(error).__name__}: {error}"
                     return None
                 _module = compiled
     return _module
@@ -69,13 +75,13 @@ def _guarded(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def call(*arguments: Any) -> Any:
-        global _broken
+        global _broken, _problem
         try:
             return function(*arguments)
         except MemoryError:
             raise
-        except Exception:
-            _broken = True
+        except Exception as error:
+            _broken, _problem = True, f"{type(error).__name__}: {error}"
             return None
 
     return call

@@ -31,7 +31,7 @@ class Parameter:
         low, high: closed range; ``open_low`` excludes the lower end.
         choices: allowed words of a "str".
         inert: accepted for compatibility, without effect.
-        native_only: not known to mergekit, so an unknown key in its YAML.
+        native_only: not known to mergekit; a YAML that sets it runs here only.
     """
 
     name: str
@@ -123,7 +123,6 @@ class Method:
         parameters: see `Parameter`.
         base: "required", "optional", "ignored" (a base is one more input) or "forbidden".
         models: least and most number of inputs including the base; None = no limit.
-        absent: what happens to a tensor that some models lack ("error", "single", "base").
         reference: where it was published.
         page: longer text for ``surgeon methods NAME``: formula, advice, failure modes.
         group_by: name of the parameter whose value ("tensor", "layer", "global") says which
@@ -137,7 +136,6 @@ class Method:
     parameters: tuple[Parameter, ...] = ()
     base: str = "required"
     models: tuple[int, int | None] = (2, None)
-    absent: str = "error"
     reference: str = ""
     page: str = ""
     random: bool = False

@@ -15,7 +15,7 @@ from surgeon.architectures import get as architecture_of
 from surgeon.architectures.layered_config import COUNT_KEYS, num_layers, relayer_config
 from surgeon.architectures.naming import layer_of, main_stack, relayer
 from surgeon.checkpoint.checkpoint import Checkpoint
-from surgeon.checkpoint.dtypes import CODES, CONFIG_NAMES, DTYPES, promote
+from surgeon.checkpoint.dtypes import CODES, DTYPES, promote
 from surgeon.checkpoint.header import TensorInfo, printable
 from surgeon.checkpoint.patterns import matches
 from surgeon.errors import InputError, SurgeonError, UsageError, Where, raise_all
@@ -49,7 +49,7 @@ class Options:
         dense: patterns of tensors merged without dropping entries (density 1).
         layers: only these layers of the main stack are merged, the others copied.
         points: sweep points, name -> parameters replaced; empty = one output.
-        seed, max_shard_bytes, allow_nonfinite, quirks, strict: as on the command line.
+        seed, max_shard_bytes, allow_nonfinite, quirks: as on the command line.
     """
 
     structure: ModelRef | None = None
@@ -62,7 +62,6 @@ class Options:
     max_shard_bytes: int = 5_000_000_000
     allow_nonfinite: bool = False
     quirks: bool = False
-    strict: bool = False
 
 
 @dataclass
@@ -518,8 +517,6 @@ class _Builder:
         self.used: set[str] = set()
         self.dense_used: set[str] = set()
         self.ordinals = {ref: i for i, ref in enumerate(spec.models())}
-        listed = [s.model for m in spec.modules for p in m.slices for s in p.sources]
-        self.lists_base = spec.base_model in listed
         architecture = architecture_of((opened[structure].config or {}).get("model_type"))
         self.optional = {}
         if architecture is not None and opened[structure].config is not None:
@@ -787,10 +784,6 @@ def _unmatched(option: str, pattern: str, names) -> UsageError:
 
 def _looks_like_vocabulary(name: str) -> bool:
     return bool(align._VOCABULARY.search(name))
-
-
-def output_dtype_name(code: str) -> str:
-    return CONFIG_NAMES.get(code, code)
 
 
 def assemble(draft: Draft, models: Mapping[str, OutputModel], recipe: dict[str, Any]) -> Plan:

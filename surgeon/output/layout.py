@@ -50,10 +50,6 @@ class Layout:
     places: dict[str, Place]
     index: bytes | None
 
-    @property
-    def data_bytes(self) -> int:
-        return sum(p.nbytes for p in self.places.values())
-
 
 def _order(tensor: OutputTensor) -> tuple:
     return (-_OFFICIAL_ORDER.index(tensor.dtype), tensor.name)

@@ -42,10 +42,6 @@ TIE = 1e-4
 """Two logits closer than this share of the largest one may swap places between two ways of computing them."""
 
 
-class Refused(Exception):
-    """A check failed; the message says what was found."""
-
-
 class Child:
     """The stages, in order; each adds to ``answer``."""
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -200,10 +202,34 @@ def test_a_failing_kernel_is_replaced_by_numpy(monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(fused, "_broken", False)
+    monkeypatch.setattr(fused, "_problem", "")
     monkeypatch.setattr(fused, "_module", SimpleNamespace(linear=full))
     found, _ = run(operation, raws, ["BF16"] * 2, "BF16")
     assert np.array_equal(found, plain)
     assert not fused.available()
+    assert "No space left on device" in fused.problem()
+
+
+def test_the_command_line_says_when_compiled_kernels_are_missing(tmp_path):
+    models = Path(__file__).resolve().parents[1] / "models"
+    program = (
+        "import sys; sys.modules['numba'] = None\n"  # as if it were not installed
+        "from surgeon.kernels import fused; fused.enable(True)\n"
+        "from surgeon.cli.app import main; main(sys.argv[1:])"
+    )
+    words = [
+        "merge",
+        str(models / "long"),
+        str(models / "short"),
+        "--method",
+        "linear",
+        "-o",
+        str(tmp_path / "out"),
+        "--json",
+    ]
+    done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, check=True)
+    assert "compiled kernels cannot be used here" in done.stderr
+    assert json.loads(done.stdout)["compiled_kernels"] is False
 
 
 def test_an_unusable_cache_folder_is_no_error(tmp_path):

@@ -152,7 +152,6 @@ METHOD = Method(
     bind=bind,
     base="required",
     models=(2, 2),
-    absent="single",
     reference="Arcee AI 2025 (mergekit arcee_fusion)",
     page="""Importance of an entry = |x - b| times the divergence between the softmax of its row in the two models. Entries with
 importance of at least median + 1.5 (q3 - q1) become the other model's, all else stays as in the base.

@@ -54,7 +54,6 @@ METHOD = Method(
     bind=bind,
     base="required",
     models=(3, None),
-    absent="base",
     parameters=(
         Parameter("filter_wise", "bool", "one ratio for each row instead of each tensor", default=False),
     ),

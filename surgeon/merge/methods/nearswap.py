@@ -55,7 +55,6 @@ METHOD = Method(
     bind=bind,
     base="required",
     models=(2, 2),
-    absent="base",
     parameters=(
         Parameter(
             "t", "float", "distance up to which values are taken over", required=True, cli=1e-4, low=0.0

@@ -46,7 +46,6 @@ METHOD = Method(
     bind=bind,
     base="optional",
     models=(2, 3),
-    absent="single",
     parameters=(
         Parameter(
             "weight",

@@ -42,7 +42,6 @@ METHOD = Method(
     bind=bind,
     base="required",
     models=(2, 2),
-    absent="single",
     parameters=(Parameter("t", "float", "0 gives the base, 1 the other model", required=True, cli=0.5),),
     reference="Shoemake 1985, Animating rotation with quaternion curves",
     page="""y = sin((1-t) a) / sin a * base + sin(t a) / sin a * other, with a the angle between the two tensors,
