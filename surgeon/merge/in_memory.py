@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from surgeon.checkpoint.memory import MemoryCheckpoint, MemoryWriter, is_torch
 from surgeon.errors import UsageError, raise_all
 from surgeon.merge import align
 from surgeon.merge.planner import Options, assemble, draft
+from surgeon.merge.prepare import adjusted, reference_model
 from surgeon.merge.references import parse_model_ref
 from surgeon.merge.request import MergeRequest, resolve
 from surgeon.plan import OutputModel
@@ -51,6 +53,10 @@ def merge_states(
         if getattr(request, option) is not None:
             raise UsageError("E208", f"{option} needs model folders; state dicts are weights only")
     resolved = resolve(request)
+    needs = resolved.spec.adjust.measured
+    if needs:
+        raise UsageError("E208", f"{', '.join(needs)} runs the models, which state dicts cannot",
+                         help="save the models; or measure once with folders and give layer_scores")  # fmt: skip
     refs = {parse_model_ref(name): name for name in states}
     opened: dict[Any, Checkpoint] = {ref: MemoryCheckpoint(name, states[name]) for ref, name in refs.items()}
     options = Options(
@@ -63,7 +69,10 @@ def merge_states(
         {refs[r]: c for r, c in opened.items()}, findings, arithmetic=request.method != "passthrough"
     )
     raise_all(findings.errors)
-    planned = draft(resolved.spec, opened, refs, options, findings)
+    if resolved.spec.adjust.active:
+        options = replace(options, reference=reference_model(resolved.spec))
+    views, options = adjusted(resolved.spec, refs, opened, options, None, findings)
+    planned = draft(resolved.spec, views, refs, options, findings)
     points = list(options.points) or [""]
     plan = assemble(planned, {key: OutputModel(key, None) for key in points}, {"verb": "merge"})
     for text in plan.warnings:

@@ -36,7 +36,7 @@ def lint(
         warnings.append(
             "weight has no effect: with one model and normalize on it cancels; set lambda instead"
         )
-    unchanged = _unchanged(method, bound)
+    unchanged = None if spec.adjust.active else _unchanged(method, bound)
     if unchanged and not points:
         text, fix = unchanged
         if native:

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
 from surgeon.architectures import get as architecture_of
 from surgeon.architectures.layered_config import COUNT_KEYS, num_layers, relayer_config
 from surgeon.architectures.naming import layer_of, main_stack, relayer
@@ -49,6 +51,9 @@ class Options:
         dense: patterns of tensors merged without dropping entries (density 1).
         layers: only these layers of the main stack are merged, the others copied.
         points: sweep points, name -> parameters replaced; empty = one output.
+        reference: model that adjustments measure task vectors from; None = without adjustments.
+        importance: AIM's channel importance in [0, 1] by tensor name of the reference, broadcastable to
+            the tensor; None = not measured.
         seed, max_shard_bytes, allow_nonfinite, quirks: as on the command line.
     """
 
@@ -58,6 +63,8 @@ class Options:
     dense: tuple[str, ...] = ()
     layers: tuple[int, int] | None = None
     points: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    reference: ModelRef | None = None
+    importance: Mapping[str, np.ndarray] | None = None
     seed: int = 0
     max_shard_bytes: int = 5_000_000_000
     allow_nonfinite: bool = False
@@ -680,7 +687,7 @@ class _Builder:
                 self.bound.append((name, bound))
             if self.method.group_by and dense is None:  # a dense tensor has no threshold to share
                 groups.add(str(values.get(self.method.group_by, "tensor")))
-            return bound
+            return self._damped(bound, refs, infos, point)
 
         self._check_inputs_count(name, refs, base)
         self.counts["merged"] += 1
@@ -699,6 +706,19 @@ class _Builder:
             )
             item = replace(item, group=key)
         return item
+
+    def _damped(self, bound: Any, refs: list[ModelRef], infos, point: Mapping[str, float]) -> Any:
+        """Put AIM on top of an operation where the reference's channels were measured."""
+        options, omega = self.options, point.get("aim", self.spec.adjust.aim)
+        if omega is None or options.importance is None or options.reference not in refs or bound.copies:
+            return bound
+        importance = options.importance.get(infos[options.reference].name)
+        if importance is None or omega == 1:
+            return bound
+        from surgeon.merge.aim import Damped
+
+        factors = np.float32(1) - importance * np.float32(1 - omega)
+        return Damped(bound, refs.index(options.reference), factors)
 
     def _check_inputs_count(self, name: str, refs: list[ModelRef], base: ModelRef | None) -> None:
         least, most = self.method.models

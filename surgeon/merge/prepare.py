@@ -21,13 +21,16 @@ from surgeon.checkpoint.companions import (
     read_generation_config,
 )
 from surgeon.checkpoint.dtypes import CODES, CONFIG_NAMES, DTYPES
+from surgeon.checkpoint.header import printable
 from surgeon.checkpoint.source import Located, locate
 from surgeon.checkpoint.strict_json import read_bytes
-from surgeon.errors import SurgeonError, raise_all
+from surgeon.errors import InputError, SurgeonError, UsageError, Where, raise_all
 from surgeon.merge import align
 from surgeon.merge.aligned_rows import VocabularyPlan
 from surgeon.merge.aligned_view import align_models
 from surgeon.merge.chat_templates import choose_template, template_files
+from surgeon.merge.layer_scores import LayerScores, read_layer_scores
+from surgeon.merge.measured import Measured
 from surgeon.merge.methods import catalogue
 from surgeon.merge.planner import Draft, Findings, Options, assemble, draft
 from surgeon.merge.spec import MergeSpec, ModelRef, TokenizerSpec
@@ -132,6 +135,7 @@ def prepare(
     opening: Opening,
     texts: Texts,
     pair: tuple[ModelRef, ModelRef] | None = None,
+    measured: Measured | None = None,
 ) -> Plan:
     """Open everything and plan a merge; reads headers, configs and tokenizers only.
 
@@ -140,6 +144,8 @@ def prepare(
         options: see `Options`; ``structure`` may be None.
         opening, texts: see there.
         pair: (structure, text donor) of a long/short pair whose base was implied.
+        measured: what `surgeon.merge.measure` found for adjustments that need it; without it the plan
+            is right in everything but their values (a dry run).
 
     Raises:
         SurgeonError: everything that can be known before weights are read, together.
@@ -153,9 +159,14 @@ def prepare(
         )
     findings.warnings.extend(swapped_base(spec, models))
     structure = options.structure or (pair[0] if pair else None) or spec.base_model or refs[0]
+    if spec.text_from is not None:
+        if spec.text_from not in models:
+            raise UsageError("E232", f"text_from {spec.text_from} is not among the models", help="name one of them")
+        pair = (structure, spec.text_from)
     options = replace(
-        options, structure=structure, refuse_positions=options.refuse_positions or pair is not None
-    )
+        options, structure=structure, refuse_positions=options.refuse_positions or pair is not None,
+        reference=reference_model(spec) if spec.adjust.active else None,
+    )  # fmt: skip
     text_ref = pair[1] if pair else structure
     opened = {ref: m.checkpoint for ref, m in models.items()}
     # Each model by itself first: a missing embedding must not be reported as a vocabulary that differs.
@@ -173,8 +184,9 @@ def prepare(
                 opened = _align(spec, models, opened, vocabulary, findings)
         else:
             text_folder, text_label = opened[text_ref].folder, opened[text_ref].label
+    opened, options = adjusted(spec, keys, opened, options, measured, findings)
     plan_draft = draft(spec, opened, keys, options, findings)
-    recipe = {**describe(spec, models, options), "allow_pickle": opening.allow_pickle}
+    recipe = {**describe(spec, models, options, measured), "allow_pickle": opening.allow_pickle}
     points = list(options.points) or [""]
     outputs: dict[str, OutputModel] = {}
     if plan_draft.config is None:
@@ -199,6 +211,76 @@ def prepare(
                 key, folder.config, (*shared, Companion("README.md", card.encode())), here
             )
     return assemble(plan_draft, outputs, recipe)
+
+
+def reference_model(spec: MergeSpec) -> ModelRef:
+    """Return the model that adjustments measure task vectors from: the base, or the last of exactly two.
+
+    Raises:
+        UsageError: E232 it is not clear which one that is.
+    """
+    models = spec.models()
+    if spec.base_model is not None:
+        return spec.base_model
+    if len(models) == 2 and spec.precision == "float32":
+        return models[-1]
+    raise UsageError("E232", f"{', '.join(spec.adjust.active)} needs a base: the task vectors start there",
+                     help="--base MODEL (base_model in YAML)")  # fmt: skip
+
+
+def adjusted(
+    spec: MergeSpec, keys: Mapping[ModelRef, str], opened: Mapping[ModelRef, Checkpoint], options: Options,
+    measured: Measured | None, findings: Findings,
+) -> tuple[Mapping[ModelRef, Checkpoint], Options]:  # fmt: skip
+    """Put the adjustments that act on task vectors in front of the models, and AIM's into the options."""
+    adjust, reference = spec.adjust, options.reference
+    if reference is None:
+        return opened, options
+    scores = dict(measured.scores) if measured is not None else {}
+    brought = read_layer_scores(Path(adjust.layer_scores)) if adjust.layer_scores else {}
+    unknown = [name for name in brought if name not in keys.values()]
+    if unknown:
+        raise InputError("E355", f'the layer scores name "{printable(unknown[0])}", which is not merged here',
+                         where=Where(str(adjust.layer_scores)), help=f"the models are {', '.join(keys.values())}")  # fmt: skip
+    if brought.keys() == {keys[reference]}:
+        findings.warnings.append(f"the layer scores are those of the base {keys[reference]}; it has no task vector")
+    views = dict(opened)
+    for ref, checkpoint in opened.items():
+        factors = [s[keys[ref]] for s in (scores, brought) if keys[ref] in s]
+        if ref == reference or not (factors or adjust.delta_rank):
+            continue
+        from surgeon.merge.delta_view import DeltaView
+
+        base = opened[reference]
+        aliases = _head_alias(checkpoint, base)
+        views[ref] = DeltaView(
+            checkpoint, base, rank=adjust.delta_rank, factor=_product(factors) if factors else None,
+            label=checkpoint.label, aliases=aliases,
+        )  # fmt: skip
+    importance = measured.importance if measured is not None else None
+    if measured is not None:
+        findings.notes.extend(measured.notes)
+    elif adjust.measured:
+        findings.notes.append(f"{', '.join(adjust.measured)} will be measured on the models before the merge")
+    return views, replace(options, importance=importance)
+
+
+def _product(scores: list[LayerScores]):
+    def factor(name: str) -> float:
+        found = 1.0
+        for entry in scores:
+            found *= entry.factor(name)
+        return found
+
+    return factor
+
+
+def _head_alias(model: Checkpoint, base: Checkpoint) -> dict[str, str]:
+    """Return the base's tensor that stands for an output head it does not store: its tied embedding."""
+    head, embedding = align.head_name(model.tensors), align.embedding_name(base.tensors)
+    if head is None or embedding is None or head in base.tensors or not align.is_tied(base):
+        return {}
+    return {head: embedding}
 
 
 def swapped_base(spec: MergeSpec, models: Mapping[ModelRef, OpenModel]) -> list[str]:
@@ -274,7 +356,9 @@ def _align(spec, models, opened, plan: VocabularyPlan, findings) -> dict[ModelRe
     return {ref: views[m.key] for ref, m in models.items()}
 
 
-def describe(spec: MergeSpec, models: Mapping[ModelRef, OpenModel], options: Options) -> dict[str, Any]:
+def describe(
+    spec: MergeSpec, models: Mapping[ModelRef, OpenModel], options: Options, measured: Measured | None = None
+) -> dict[str, Any]:
     """Return the resolved request as plain data without paths: what the manifest records."""
 
     def name(ref: ModelRef | None) -> str | None:
@@ -316,7 +400,14 @@ def describe(spec: MergeSpec, models: Mapping[ModelRef, OpenModel], options: Opt
             },
             "pad_to_multiple_of": given.pad_to_multiple_of,
         }
+    extra: dict[str, Any] = {}
+    if spec.adjust.active:
+        extra["adjust"] = {**spec.adjust.as_data(), "reference": name(options.reference)}
+        extra["measured"] = measured.record if measured is not None else None
+    if spec.text_from is not None:
+        extra["text_from"] = name(spec.text_from)
     return {
+        **extra,
         "verb": "merge", "method": spec.method, "base_model": name(spec.base_model), "modules": modules,
         "parameters": spec.parameters, "dtype": spec.dtype, "out_dtype": spec.out_dtype, "precision": spec.precision,
         "tokenizer": tokenizer, "chat_template": spec.chat_template, "structure": name(options.structure),
@@ -563,6 +654,10 @@ class _Folder:
                     words.append(f"--param {name}={','.join(f'{v:g}' for v in given)}")
             elif self.spec.parameters.get(name) is not None:
                 words.append(f"--param {name}={point.get(name, self.spec.parameters[name])}")
+        for given in self.spec.adjust.active:
+            value = point.get(given, getattr(self.spec.adjust, given))
+            option = given.replace("_", "-")
+            words.append(f"--{option}" if value is True else f"--{option} {value}")
         if self.draft.options.seed:
             words.append(f"--seed {self.draft.options.seed}")
         return " ".join([*words, "-o OUT"])

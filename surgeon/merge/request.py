@@ -6,12 +6,13 @@ rule for a long/short pair, weights by model. A mergekit YAML takes another way 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from surgeon.errors import UsageError, close_matches
+from surgeon.merge.adjustments import Adjustments, CalibrationSource, split_method
 from surgeon.merge.method import Method, Parameter
 from surgeon.merge.methods import catalogue
 from surgeon.merge.references import parse_model_ref
@@ -39,6 +40,19 @@ class MergeRequest(BaseModel):
     vocab: str | None = None
     tokenizer: str | None = None
     chat_template: str | None = None
+    text_from: str | None = None
+    aim: float | None = None
+    acm: float | None = None
+    acm_estimator: Literal["gaussian", "binned", "literal"] = "gaussian"
+    sens: float | None = None
+    fim: bool = False
+    delta_rank: float | None = None
+    layer_scores: str | None = None
+    calibration: tuple[str, ...] = ()
+    samples: int = 100
+    sequence_length: int = 2048
+    pack: bool = False
+    device: str = "auto"
     sweep: tuple[str, ...] = ()
     seed: int = 0
     max_shard_size: int = 5_000_000_000
@@ -82,7 +96,9 @@ def resolve(request: MergeRequest) -> Resolved:
     Raises:
         UsageError: unknown method or parameter, wrong counts, missing base.
     """
-    method = catalogue(request.method)
+    name, implied = split_method(request.method)
+    method = catalogue(name)
+    adjust = adjustments_of(request, implied)
     models = [parse_model_ref(text) for text in request.models]
     base = parse_model_ref(request.base) if request.base is not None else None
     notes: list[str] = []
@@ -127,8 +143,37 @@ def resolve(request: MergeRequest) -> Resolved:
         precision="float32",
         tokenizer=tokenizer,
         chat_template=request.chat_template,
+        adjust=adjust,
+        calibration=calibration_of(request),
+        text_from=parse_model_ref(request.text_from) if request.text_from else None,
     )
-    return Resolved(spec, pair, tuple(notes), sweep_points(request, method))
+    if spec.text_from is not None and spec.text_from not in listed:
+        raise UsageError("E232", f"--text-from {spec.text_from} is not among the models",
+                         help="name one of them; --tokenizer takes the tokenizer of any model")  # fmt: skip
+    return Resolved(spec, pair, tuple(notes), sweep_points(request, method, adjust))
+
+
+def adjustments_of(request: MergeRequest, implied: dict[str, Any]) -> Adjustments:
+    """Return the request's adjustments; what is given wins over what the method's name implies."""
+    given = {
+        "aim": request.aim, "acm": request.acm, "sens": request.sens, "fim": request.fim or None,
+        "delta_rank": request.delta_rank, "layer_scores": request.layer_scores,
+    }  # fmt: skip
+    adjust = Adjustments(
+        **{**implied, **{k: v for k, v in given.items() if v is not None}},
+        acm_estimator=request.acm_estimator,
+    )
+    adjust.check()
+    return adjust
+
+
+def calibration_of(request: MergeRequest) -> CalibrationSource:
+    source = CalibrationSource(
+        sources=request.calibration, samples=request.samples, sequence_length=request.sequence_length,
+        pack=request.pack, device=request.device,
+    )  # fmt: skip
+    source.check()
+    return source
 
 
 def _check_count(method: Method, count: int, base: ModelRef | None) -> None:
@@ -255,13 +300,19 @@ def coerce(parameter: Parameter, value: Any) -> Any:
     return value
 
 
-def sweep_points(request: MergeRequest, method: Method) -> dict[str, dict[str, float]]:
+def sweep_points(request: MergeRequest, method: Method, adjust: Adjustments) -> dict[str, dict[str, float]]:
     """Expand ``NAME=START:STOP:STEP`` (both ends included) and ``NAME=A,B,C`` into named points."""
     axes: list[tuple[str, list[float]]] = []
     for text in request.sweep:
         name, _, span = text.partition("=")
         name = name.strip()
-        if name not in method.table and not (name == "alpha" and "t" in method.table):
+        if name == "aim" and adjust.aim is not None:
+            axes.append((name, _span(text, span)))
+            continue
+        if hasattr(adjust, name) and name not in method.table:
+            raise UsageError("E215", f"--sweep {name}: of the adjustments only aim can be swept, and it must be in use",
+                             help="run once for each value; measurements in --work are used again")  # fmt: skip
+        if name not in method.table:
             raise unknown_parameter(name, method)
         if method.table[name].kind not in {"float", "int"}:
             raise UsageError("E215", f"--sweep {name}: only numbers can be swept")
@@ -273,7 +324,10 @@ def sweep_points(request: MergeRequest, method: Method) -> dict[str, dict[str, f
         points[""] = {}
     for name, values in axes:
         for value in values:
-            method.table[name].check(value, method.name)
+            if name in method.table:
+                method.table[name].check(value, method.name)
+            else:
+                replace(adjust, **{name: value}).check()
         points = {
             (f"{key},{name}={value:g}" if key else f"{name}={value:g}"): {**point, name: value}
             for key, point in points.items()

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from surgeon.errors import Where
+from surgeon.merge.adjustments import Adjustments, CalibrationSource
 
 ParameterMap = dict[str, Any]
 """Parameter name -> scalar | list of scalars (gradient) | {filter, value} | list of those."""
@@ -108,6 +109,8 @@ class MergeSpec:
         precision: "float32" (our command line) or "mergekit" (each method's own rule).
         tokenizer: None copies the donor's tokenizer files.
         chat_template: "auto", a built-in name, Jinja text, or None = donor's.
+        adjust: what is put on top of the method, and ``calibration``, the text it is measured on.
+        text_from: model that gives context length, generation settings, tokenizer and chat template.
         name: document name in a multi-document YAML.
         flavour: "native" or "mergekit"; decides defaults and which oddities are lints.
         source_text: the YAML text as given, written to mergekit_config.yml.
@@ -123,6 +126,9 @@ class MergeSpec:
     precision: str = "float32"
     tokenizer: TokenizerSpec | None = None
     chat_template: str | None = None
+    adjust: Adjustments = field(default_factory=Adjustments)
+    calibration: CalibrationSource = field(default_factory=CalibrationSource)
+    text_from: ModelRef | None = None
     name: str | None = None
     flavour: str = "native"
     source_text: str | None = None

@@ -46,8 +46,12 @@ MERGEKIT_PARAMETERS = frozenset(
 LEVELS: dict[str, tuple[str, ...]] = {
     "the top level": (
         "merge_method", "base_model", "models", "slices", "modules", "parameters", "dtype", "out_dtype",
-        "tokenizer_source", "tokenizer", "chat_template", "name",
+        "tokenizer_source", "tokenizer", "chat_template", "name", "surgeon",
     ),
+    "surgeon": (
+        "text_from", "aim", "acm", "acm_estimator", "sens", "fim", "delta_rank", "layer_scores", "calibration",
+    ),
+    "calibration": ("source", "samples", "sequence_length", "pack"),
     "an entry of models": ("model", "parameters"),
     "an entry of slices": ("sources", "base_model", "parameters"),
     "an entry of sources": ("model", "layer_range", "parameters"),

@@ -33,6 +33,7 @@ from surgeon.recipe.mergekit_reading import (
     whole_number,
 )
 from surgeon.recipe.mergekit_tokenizer import read_tokenizer
+from surgeon.recipe.native_keys import read_native_keys
 from surgeon.recipe.yaml import MAX_ERRORS, Document, KeyPath
 from surgeon.scalars import show
 
@@ -146,6 +147,7 @@ def _merge(context: Context) -> MergeSpec | None:
     method, parameters = _method(context)
     read = _Reading(context, method, parameters)
     base = read_model(context, ("base_model",)) if data.get("base_model") is not None else None
+    native = read_native_keys(context)
     spec = MergeSpec(
         method=method,
         modules=_modules(read),
@@ -156,6 +158,9 @@ def _merge(context: Context) -> MergeSpec | None:
         precision="mergekit",
         tokenizer=read_tokenizer(context),
         chat_template=_chat_template(context),
+        adjust=native.adjust,
+        calibration=native.calibration,
+        text_from=native.text_from,
         name=document.source(("name",)) or None if data.get("name") is not None else None,
         flavour="mergekit",
         source_text=document.text,
