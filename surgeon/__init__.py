@@ -12,6 +12,7 @@ _PUBLIC = {
     "inspect": "surgeon.api",
     "diff": "surgeon.api",
     "verify": "surgeon.api",
+    "evaluate": "surgeon.api",
     "SurgeonError": "surgeon.errors",
 }
 

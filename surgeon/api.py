@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from surgeon.checkpoint.source import locate
 from surgeon.errors import EnvironmentFault, InputError, OutputConflict, SurgeonError, UsageError, Where
 from surgeon.execute import Check, Outcome, execute, preflight
 from surgeon.execute import input_locations as _inputs
+from surgeon.merge.measured import Measured
 from surgeon.merge.planner import Options
 from surgeon.merge.prepare import Opening, OpenModel, Texts, open_models, prepare
 from surgeon.merge.references import parse_model_ref
@@ -32,11 +34,54 @@ if TYPE_CHECKING:
 
 @dataclass
 class MergePlan:
-    """A merge that was planned and checked, not yet run."""
+    """A merge that was planned and checked, not yet run.
+
+    Attributes:
+        plan: what will be done.
+        notes: sentences for the user.
+        default_output: where the result goes when nobody says.
+        needs: adjustments that must be measured on the models first; see `measure`.
+    """
 
     plan: Plan
     notes: list[str]
     default_output: Path
+    needs: tuple[str, ...] = ()
+    request: MergeRequest | None = None
+    resolved: Resolved | None = None
+    title: str = "merged"
+
+    def measure(
+        self,
+        output: Path | str | None = None,
+        *,
+        work: Path | str | None = None,
+        threads: int | None = None,
+        memory_limit: int | None = None,
+        progress: Callable[[str, int, int], None] | None = None,
+        stop: threading.Event | None = None,
+    ) -> MergePlan:
+        """Measure what the adjustments need and return the plan with the values in it.
+
+        Args:
+            output: where the merge will go; without ``work``, measurements are kept beside it until
+                the merge is done, so that an interrupted run continues.
+            work: folder in which measurements are kept and used again.
+            progress: called with (what is measured, done, total).
+        """
+        if not self.needs:
+            return self
+        assert self.request is not None and self.resolved is not None
+        from surgeon.merge.measure import measure
+
+        spec, request = self.resolved.spec, self.request
+        models = open_models(spec.models(), _opening(request))
+        folder = Path(work) if work else _work_beside(Path(output) if output else self.default_output)
+        measured = measure(
+            spec, models, folder, seed=request.seed, offline=request.offline,
+            memory_limit=memory_limit, threads=threads or physical_cores(), progress=progress, stop=stop,
+        )  # fmt: skip
+        return _plan(spec, request, self.resolved, self.title, measured)
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -70,11 +115,25 @@ class MergePlan:
         progress: Callable[[int, int], None] | None = None,
         stop: threading.Event | None = None,
     ) -> Outcome:
-        """Execute and publish; see `surgeon.execute.execute`."""
-        return execute(
-            self.plan, Path(output) if output else self.default_output, threads=threads or physical_cores(),
-            overwrite=overwrite, resume=resume, memory_limit=memory_limit, progress=progress, stop=stop,
+        """Execute and publish; see `surgeon.execute.execute`. Adjustments that need it must be measured."""
+        if self.needs:
+            raise AssertionError(f"{self.needs} were not measured")
+        destination = Path(output) if output else self.default_output
+        outcome = execute(
+            self.plan, destination, threads=threads or physical_cores(), overwrite=overwrite, resume=resume,
+            memory_limit=memory_limit, progress=progress, stop=stop,
         )  # fmt: skip
+        if self.resolved is not None and self.resolved.spec.adjust.measured:
+            folder = _work_beside(destination)
+            shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # other things may lie there: documents of a multi-merge
+                folder.parent.rmdir()
+        return outcome
+
+
+def _work_beside(destination: Path) -> Path:
+    """Return the folder for measurements of a merge to ``destination``."""
+    return destination.absolute().parent / f"{destination.name}.work" / "measured"
 
 
 def plan_merge(request: MergeRequest, title: str = "merged") -> MergePlan:
@@ -85,28 +144,38 @@ def plan_merge(request: MergeRequest, title: str = "merged") -> MergePlan:
 
 def plan_spec(spec: MergeSpec, request: MergeRequest, title: str = "merged") -> MergePlan:
     """Plan a merge from a spec (mergekit YAML); of the request only the surrounding options count."""
+    if request.calibration:
+        spec = replace(spec, calibration=replace(spec.calibration, sources=request.calibration))
+    if request.device != "auto":
+        spec = replace(spec, calibration=replace(spec.calibration, device=request.device))
     return _plan(spec, request, Resolved(spec, None, (), {}), title)
 
 
-def _plan(spec: MergeSpec, request: MergeRequest, resolved: Resolved, title: str) -> MergePlan:
+def _opening(request: MergeRequest) -> Opening:
+    return Opening(
+        request.offline, request.weights, request.config, request.ignore_unlisted, request.allow_pickle
+    )
+
+
+def _plan(
+    spec: MergeSpec, request: MergeRequest, resolved: Resolved, title: str, measured: Measured | None = None
+) -> MergePlan:
     options = Options(
         ignore=request.ignore, dense=request.dense, layers=request.layers, points=resolved.points, seed=request.seed,
         max_shard_bytes=request.max_shard_size, allow_nonfinite=request.allow_nonfinite, quirks=request.mergekit_quirks,
     )  # fmt: skip
-    opening = Opening(
-        request.offline, request.weights, request.config, request.ignore_unlisted, request.allow_pickle
-    )
     texts = Texts(
         tokenizer=parse_model_ref(request.tokenizer) if request.tokenizer else None,
         chat_template=request.chat_template, title=title,
     )  # fmt: skip
-    plan = prepare(spec, options, opening, texts, resolved.pair)
+    plan = prepare(spec, options, _opening(request), texts, resolved.pair, measured)
     bare = all(m.config is None for m in plan.models.values())
     if bare and len(plan.models) > 1:
         raise UsageError("E215", "a sweep over bare files has no folder to write to",
                          help="give model folders, or --config config.json")  # fmt: skip
     default = Path("merged.safetensors") if bare else Path("merged")
-    return MergePlan(plan, list(resolved.notes), default)
+    needs = () if measured is not None else spec.adjust.measured
+    return MergePlan(plan, list(resolved.notes), default, needs, request, replace(resolved, spec=spec), title)
 
 
 def merge(
@@ -119,6 +188,8 @@ def merge(
     threads: int | None = None,
     memory_limit: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    work: str | Path | None = None,
+    stop: threading.Event | None = None,
     **options: Any,
 ) -> Outcome | dict[str, Any]:
     """Merge checkpoints; the options are those of ``surgeon merge`` with underscores.
@@ -128,6 +199,7 @@ def merge(
             dict of the same kind (a sweep gives one for each point, by name).
         method: see ``surgeon methods merge``.
         output: folder, or file for bare files; default ``merged`` or ``merged.safetensors``.
+        work: folder in which measurements of adjustments (AIM, ACM...) are kept and used again.
         options: any field of `surgeon.merge.request.MergeRequest`, ``lambda_`` for lambda.
 
     Raises:
@@ -146,8 +218,13 @@ def merge(
         raise OutputConflict(
             "E601", f"the output exists: {planned.default_output}", help="give output=, or overwrite=True"
         )
+    planned = planned.measure(
+        output, work=work, threads=threads, memory_limit=memory_limit, stop=stop,
+        progress=None if progress is None else lambda _, done, total: progress(done, total),
+    )  # fmt: skip
     return planned.run(
         output,
+        stop=stop,
         threads=threads,
         memory_limit=memory_limit,
         overwrite=overwrite,
@@ -479,3 +556,28 @@ def verify(
                        where=Where(str(path)))
         )  # fmt: skip
     return found
+
+
+def evaluate(
+    model: str | Path,
+    *,
+    progress: Callable[[str, int, int], None] | None = None,
+    stop: threading.Event | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Measure a model: accuracy, tokens per answer, perplexity, divergence; the options of ``surgeon eval``.
+
+    Args:
+        model: folder or hub id.
+        progress: called with (what is being done, done, total).
+        options: any field of `surgeon.evaluate.request.EvalRequest`.
+
+    Returns:
+        The result document, as ``surgeon eval --json`` prints it. Gates that fail are in it, not raised.
+
+    Example:
+        >>> surgeon.evaluate("merged", questions=("q.jsonl",), baseline="long")  # doctest: +SKIP
+    """
+    from surgeon.evaluate import request, run
+
+    return run.evaluate(request.build(model=str(model), **options), progress, stop)

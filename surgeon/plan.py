@@ -269,7 +269,7 @@ def _canonical(value: Any) -> str:
     if isinstance(value, dict):
         return "{" + ",".join(f"{k}:{_canonical(value[k])}" for k in sorted(value)) + "}"
     if isinstance(value, np.ndarray):
-        return hashlib.sha256(value.tobytes()).hexdigest()
+        return f"{value.dtype.str}{value.shape}{hashlib.sha256(value.tobytes()).hexdigest()}"
     return repr(value)
 
 

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "surgeon"
 LEVELS = [
     {"errors", "seeds", "scalars", "system", "__init__"},
     {"checkpoint"},
-    {"kernels", "architectures"},
+    {"kernels", "architectures", "data"},
     {"traits"},
     {"plan"},
     {"output"},
@@ -21,14 +21,15 @@ LEVELS = [
     {"inspection", "comparison"},
     {"verify"},
     {"execute"},
-    {"merge"},
-    {"recipe"},
+    {"calibrate"},
+    {"merge", "evaluate"},
+    {"recipe", "report"},
     {"api"},
     {"cli", "__main__"},
 ]
-# checkpoint/adapter.py computes while reading, with the casts of kernels/. The packages merge and verify
-# share their names with functions of the public API, which they forward calls to.
-ALLOWED = {("checkpoint", "kernels"), ("merge", "api"), ("verify", "api")}
+# checkpoint/adapter.py computes while reading, with the casts of kernels/. The packages merge, verify and
+# evaluate share their names with functions of the public API, which they forward calls to.
+ALLOWED = {("checkpoint", "kernels"), ("merge", "api"), ("verify", "api"), ("evaluate", "api")}
 
 
 def level(unit: str) -> int:
@@ -68,6 +69,13 @@ def test_imports_point_downwards():
             if other != me and level(other) > level(me) and (me, other) not in ALLOWED:
                 wrong.append(f"{path.relative_to(PACKAGE)} imports surgeon.{other}")
     assert not wrong, "\n".join(sorted(set(wrong)))
+
+
+def test_families_do_not_import_each_other():
+    for family, others in (("merge", {"evaluate", "report"}), ("evaluate", {"merge", "report"})):
+        for path in sorted((PACKAGE / family).rglob("*.py")):
+            found = {name.split(".")[1] for name in imports(path) if name.startswith("surgeon.")}
+            assert not found & others, path
 
 
 def test_only_the_command_line_imports_typer_and_rich():

@@ -9,7 +9,9 @@ from typing import Any
 
 COMMANDS = {
     "merge": "Merge models: TIES, task arithmetic, SLERP, DARE, ... or a mergekit YAML.",
-    "run": "Run a recipe (mergekit YAML).",
+    "run": "Run a recipe: mergekit YAML, with or without the key surgeon:.",
+    "eval": "Measure accuracy, answer length, perplexity, KL; compare with a baseline, apply gates.",
+    "report": "Turn results of eval into a page: HTML, Markdown, SVG or PNG.",
     "inspect": "Show what a checkpoint holds.",
     "diff": "Compare two checkpoints: structure, config, values, delta anatomy.",
     "verify": "Check a model: structure, config, index, hashes, values; load it in stock transformers.",

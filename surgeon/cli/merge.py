@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from surgeon.cli import calibration as c
 from surgeon.cli import options as o
 from surgeon.cli.errors import run_command, stop_on_signals
 from surgeon.cli.output import Output, number, plain, size
@@ -67,6 +69,54 @@ def merge(
     chat_template: Annotated[
         str | None, typer.Option("--chat-template", help="auto, base, a built-in name, or a file.")
     ] = None,
+    text_from: Annotated[
+        str | None,
+        typer.Option(
+            "--text-from",
+            help="Model that gives context length, generation settings, tokenizer and chat template "
+            "[the base; the first of a pair whose base is implied].",
+        ),
+    ] = None,
+    aim: Annotated[
+        float | None,
+        typer.Option("--aim", help="OMEGA: pull active channels back to the base (AIM; 1 = off, usual 0.4)."),
+    ] = None,
+    acm: Annotated[
+        float | None,
+        typer.Option("--acm", help="THETA: weaken layers whose activations agree (ACM; usual 0.7)."),
+    ] = None,
+    acm_estimator: Annotated[
+        str, typer.Option("--acm-estimator", help="gaussian, binned, or literal (as the published script).")
+    ] = "gaussian",
+    sens: Annotated[
+        float | None,
+        typer.Option("--sens", help="TEMPERATURE: balance layers by sensitivity (Sens-Merging; usual 2)."),
+    ] = None,
+    fim: Annotated[
+        bool, typer.Option("--fim", help="Layer strengths from Fisher information on random tokens; no data.")
+    ] = False,
+    delta_rank: Annotated[
+        float | None,
+        typer.Option(
+            "--delta-rank", help="Share of the full rank each task vector keeps (Twin-Merging: 0.1)."
+        ),
+    ] = None,
+    layer_scores: Annotated[
+        str | None, typer.Option("--layer-scores", help="JSON file of factors by layer.")
+    ] = None,
+    calibration: c.Source = None,
+    samples: c.Samples = 100,
+    sequence_length: c.SequenceLength = 2048,
+    pack: c.Pack = False,
+    device: Annotated[
+        str, typer.Option("--device", help="Where models run for calibration: auto, cpu, cuda, cuda:N.")
+    ] = "auto",
+    work_folder: Annotated[
+        str | None,
+        typer.Option(
+            "--work", help="Keep measurements here and use them again [beside OUT until it is done]."
+        ),
+    ] = None,
     sweep: Annotated[
         list[str] | None,
         typer.Option("--sweep", help="NAME=START:STOP:STEP or NAME=A,B: several outputs from one read."),
@@ -111,15 +161,24 @@ def merge(
             "density": o.numbers(density, "--density") or None, "lambda_": lambda_, "t": t, "normalize": normalize,
             "param": o.assignments(param, "--param") or None, "layers": span, "ignore": tuple(ignore or ()) or None,
             "dense": tuple(dense or ()) or None, "vocab": vocab, "tokenizer": tokenizer, "sweep": tuple(sweep or ()) or None,
-            "dtype": dtype, "config": config,
+            "dtype": dtype, "config": config, "text_from": text_from, "aim": aim, "acm": acm, "sens": sens,
+            "fim": fim or None, "delta_rank": delta_rank, "layer_scores": layer_scores,
         }  # fmt: skip
         common = {
             "max_shard_size": o.byte_size(max_shard_size, "--max-shard-size"), "seed": seed, "weights": weights,
             "ignore_unlisted": ignore_unlisted, "allow_nonfinite": allow_nonfinite, "mergekit_quirks": mergekit_quirks,
             "strict": strict, "offline": offline, "chat_template": chat_template, "allow_pickle": allow_pickle,
+            "acm_estimator": acm_estimator, "calibration": tuple(calibration or ()) or None, "samples": samples,
+            "sequence_length": sequence_length, "pack": pack, "device": device,
         }  # fmt: skip
         settings = Settings(
-            output, overwrite, resume, dry_run, threads, o.byte_size(memory_limit, "--memory-limit")
+            output,
+            overwrite,
+            resume,
+            dry_run,
+            threads,
+            o.byte_size(memory_limit, "--memory-limit"),
+            work_folder,
         )
         if len(models) == 1 and models[0].endswith((".yml", ".yaml")):
             named = [f"--{k.rstrip('_').replace('_', '-')}" for k, v in given.items() if v is not None]
@@ -140,16 +199,17 @@ def merge(
     raise typer.Exit(run_command(out, "merge", work))
 
 
+@dataclass(frozen=True)
 class Settings:
     """How a planned merge is to be run."""
 
-    def __init__(self, output, overwrite, resume, dry_run, threads, memory_limit) -> None:
-        self.output: str | None = output
-        self.overwrite: bool = overwrite
-        self.resume: bool = resume
-        self.dry_run: bool = dry_run
-        self.threads: int | None = threads
-        self.memory_limit: int | None = memory_limit
+    output: str | None
+    overwrite: bool
+    resume: bool
+    dry_run: bool
+    threads: int | None
+    memory_limit: int | None
+    work: str | None = None
 
 
 def _layers(text: str | None) -> tuple[int, int] | None:
@@ -206,8 +266,11 @@ def finish(out: Output, planned: Any, settings: Settings, strict: bool) -> dict[
         out.line("nothing was written.")
         return {"status": "dry-run", "plan": described, "output": {"path": str(destination)}, "warnings": list(plan.warnings),
                 "notes": [*planned.notes, *plan.notes]}  # fmt: skip
-    bar = out.progress("merging")
     with stop_on_signals(out) as (stop, _):
+        if planned.needs:
+            planned = measure(out, planned, destination, settings, stop)
+            plan = planned.plan
+        bar = out.progress("merging")
         try:
             outcome = planned.run(
                 destination, threads=check.threads, memory_limit=settings.memory_limit, overwrite=settings.overwrite,
@@ -216,6 +279,34 @@ def finish(out: Output, planned: Any, settings: Settings, strict: bool) -> dict[
         finally:
             bar.close()
     return report(out, plan, described, outcome)
+
+
+def measure(out: Output, planned: Any, destination: Path, settings: Settings, stop: Any) -> Any:
+    """Measure what the adjustments need, with a progress line for each of them."""
+    bars: dict[str, Any] = {}
+
+    def advance(title: str, done: int, total: int) -> None:
+        if title not in bars:
+            for bar in bars.values():
+                bar.close()
+            bars[title] = out.progress(title, unit="")
+        bars[title](done, total)
+
+    try:
+        measured = planned.measure(
+            destination, work=settings.work, threads=settings.threads, memory_limit=settings.memory_limit,
+            progress=advance, stop=stop,
+        )  # fmt: skip
+    finally:
+        for bar in bars.values():
+            bar.close()
+    for note in measured.plan.notes:
+        if note not in planned.plan.notes:
+            out.note(note)
+    for warning in measured.plan.warnings:
+        if warning not in planned.plan.warnings:
+            out.warning(warning)
+    return measured
 
 
 def _repeatable(destination: Path) -> bool:
@@ -244,7 +335,8 @@ def describe(plan: Any, check: Any) -> dict[str, Any]:
         "read_bytes": check.estimate.read_bytes, "passes": check.estimate.passes,
         "memory_estimate_bytes": check.estimate.memory_bytes, "memory_limit_bytes": check.memory_limit,
         "disk_bytes": check.estimate.disk_bytes, "disk_free_bytes": check.disk_free, "threads": check.threads,
-        "parameters_of_method": plan.recipe["parameters"],
+        "parameters_of_method": plan.recipe["parameters"], "adjust": plan.recipe.get("adjust"),
+        "measured": plan.recipe.get("measured"),
     }  # fmt: skip
 
 
@@ -261,6 +353,11 @@ def summary(out: Output, plan: Any, described: dict[str, Any]) -> None:
         shown[axis] = ", ".join(f"{v:g}" for v in values)
     settings = "   ".join(
         f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items() if k != "int8_mask"
+    )
+    put_on = {k: v for k, v in (described["adjust"] or {}).items() if k not in shown}
+    settings += "".join(
+        f"   {k}" if v is True else f"   {k} {v:g}" if isinstance(v, float) else f"   {k} {v}"
+        for k, v in put_on.items()
     )
     several = f"{len(plan.models)} outputs" if len(plan.models) > 1 else "1"
     out.line(

@@ -24,12 +24,21 @@ def methods(
     out = Output(json_, quiet, verbose)
 
     def work() -> dict[str, Any]:
+        from surgeon.merge.adjustments import ADJUSTMENTS
         from surgeon.merge.methods import catalogue, names
 
         if name is None or name in FAMILIES:
             found = [catalogue(n) for n in names()]
-            _listing(out, found)
-            return {"family": "merge", "methods": [describe(m) for m in found]}
+            _listing(out, found, ADJUSTMENTS)
+            return {"family": "merge", "methods": [describe(m) for m in found],
+                    "adjustments": [describe_adjustment(a) for a in ADJUSTMENTS]}  # fmt: skip
+        adjustment = next((a for a in ADJUSTMENTS if a.name == name.replace("-", "_")), None)
+        if adjustment is not None:
+            _adjustment_page(out, adjustment)
+            return {
+                "family": "merge",
+                "adjustment": {**describe_adjustment(adjustment), "page": adjustment.page},
+            }
         method = catalogue(name)
         _page(out, method)
         return {"family": "merge", "method": {**describe(method), "page": method.page}}
@@ -56,6 +65,28 @@ def describe(method: Any) -> dict[str, Any]:
             for p in method.parameters
         ],
     }  # fmt: skip
+
+
+def describe_adjustment(adjustment: Any) -> dict[str, Any]:
+    """Return an adjustment as data."""
+    return {
+        "name": adjustment.name.replace("_", "-"), "title": adjustment.title, "option": adjustment.option,
+        "summary": adjustment.summary, "usual": adjustment.default, "reads": adjustment.reads,
+        "reference": adjustment.reference,
+    }  # fmt: skip
+
+
+def _adjustment_page(out: Output, adjustment: Any) -> None:
+    word = adjustment.option.partition(" ")[0]
+    out.line(f"{adjustment.title}   surgeon merge ... --method METHOD {adjustment.option}   "
+             f"YAML: surgeon: {{{adjustment.name}: ...}}")  # fmt: skip
+    for text in ("", adjustment.summary, "", adjustment.page, ""):
+        out.line(text)
+    out.line(f"reads      {adjustment.reads}")
+    if adjustment.default is not None:
+        out.line(f"usual      {word}{'' if adjustment.default is True else f' {adjustment.default:g}'}")
+    if adjustment.reference:
+        out.line(f"reference  {adjustment.reference}")
 
 
 def _option(name: str) -> str:
@@ -109,11 +140,19 @@ def _models(method: Any) -> str:
     return f"{count} model{'s' if (most or 2) > 1 else ''}"
 
 
-def _listing(out: Output, found: list[Any]) -> None:
+def _listing(out: Output, found: list[Any], adjustments: Any) -> None:
     for method in found:
         flags = [_models(method), _BASE[method.base], *(["random"] if method.random else [])]
         out.line(f"{method.name.replace('_', '-'):<17}  {method.summary}")
         out.line(f"{'':<17}  {', '.join(flags)}" + (f"; {_defaults(method)}" if _defaults(method) else ""))
+    out.line()
+    out.line("on top of any of them:")
+    for adjustment in adjustments:
+        out.line(f"{adjustment.option:<24}  {adjustment.summary}")
+        out.line(f"{'':<24}  reads {adjustment.reads}")
+    out.line(
+        "aim-ties, acm-ties, sens, fim-ties, twin ... name a method with its adjustment at the usual value"
+    )
     out.line()
     out.line(
         f'{len(found)} merge methods; defaults are the command line\'s, (YAML: ...) those of a mergekit YAML; "surgeon methods NAME" shows a page'

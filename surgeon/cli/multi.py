@@ -48,15 +48,7 @@ def run_documents(
             # A dry run makes no folders: space and rights are those of the nearest place that exists.
             written = place.with_name(f"{place.name}.{spec.name}")
         planned = api.plan_spec(_resolved(spec, results), request, title=spec.name or final.name)
-        own = type(settings)(
-            str(written),
-            settings.overwrite,
-            settings.resume,
-            settings.dry_run,
-            settings.threads,
-            settings.memory_limit,
-        )
-        document = finish(out, planned, own, request.strict)
+        document = finish(out, planned, replace(settings, output=str(written)), request.strict)
         if settings.dry_run:
             document["output"] = {"path": str(target)}
         documents.append({"name": spec.name, **document})
@@ -90,4 +82,5 @@ def _resolved(spec: MergeSpec, results: dict[str, Path]) -> MergeSpec:
         )
         for module in spec.modules
     )
-    return replace(spec, modules=modules, base_model=ref(spec.base_model), tokenizer=tokenizer)
+    return replace(spec, modules=modules, base_model=ref(spec.base_model), tokenizer=tokenizer,
+                   text_from=ref(spec.text_from))  # fmt: skip

@@ -123,8 +123,9 @@ class Output:
             with contextlib.suppress(OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
-    def progress(self, title: str) -> Progress:
-        return Progress(self, title)
+    def progress(self, title: str, unit: str = "MB/s") -> Progress:
+        """Return a progress line; without ``unit`` it counts steps instead of bytes."""
+        return Progress(self, title, unit)
 
 
 def _numeric(text: str) -> bool:
@@ -134,9 +135,10 @@ def _numeric(text: str) -> bool:
 class Progress:
     """A progress line: redrawn on a terminal, one line a minute elsewhere (fault H9)."""
 
-    def __init__(self, out: Output, title: str) -> None:
+    def __init__(self, out: Output, title: str, unit: str) -> None:
         self._out = out
         self._title = title
+        self._unit = unit
         self._begin = time.monotonic()
         self._last = self._begin
         self._tty = sys.stderr.isatty()
@@ -152,12 +154,12 @@ class Progress:
             elapsed = now - self._begin
             share = done / max(total, 1)
             left = elapsed / share - elapsed if share > 0 else 0
-            rate = done / max(elapsed, 1e-9) / 1e6
-            text = f"{self._title}  {share:4.0%}  {rate:,.0f} MB/s  {_clock(left)} left"
+            rate = f"  {done / max(elapsed, 1e-9) / 1e6:,.0f} {self._unit}" if self._unit else ""
+            text = f"{self._title}  {share:4.0%}{rate}  {_clock(left)} left"
             if self._tty:
                 width = 24
                 full = int(share * width)
-                text = f"{self._title}  {'━' * full}{'╌' * (width - full)}  {share:4.0%}  {rate:,.0f} MB/s  {_clock(left)} left"
+                text = f"{self._title}  {'━' * full}{'╌' * (width - full)}  {share:4.0%}{rate}  {_clock(left)} left"
                 self._out._write(sys.stderr, "\r" + text.ljust(len(self._out._bar)))
                 self._out._bar = text
             else:

@@ -43,8 +43,8 @@ In a long-to-short merge the base is the short model, and questions with short a
         "acm", "ACM", "--acm THETA",
         "Weakens the task vector in layers whose activations agree with the base's already.", 0.7,
         "one forward pass of each model", "Activation-guided Consensus Merging, arXiv 2505.14009",
-        """Each layer's task vector is multiplied by 1 - t, t = mean over samples of sigmoid(-theta (I - max I)), I the mutual
-information between the two models' outputs of the layer's last linear map. The published script measures I between raw
+        """Each layer's task vector is multiplied by 1 - t, t = mean over samples of sigmoid(theta (I - max I)), I the mutual
+information between the two models' outputs of the layer's last linear map: between 1/2 and 1. The published script measures I between raw
 floats as if they were labels, which is close to ln(n) for every layer; the Gaussian estimate is the default here.""",
     ),
     Adjustment(
@@ -204,12 +204,12 @@ class CalibrationSource:
     def check(self) -> None:
         for name, value in (("samples", self.samples), ("sequence_length", self.sequence_length)):
             if value < 1:
-                raise UsageError(
-                    "E232", f"{name.replace('_', '-')} is {value}", help="it must be 1 or more"
-                )
+                raise UsageError("E232", f"{name.replace('_', '-')} is {value}", help="it must be 1 or more")
 
 
 def unknown(name: str) -> UsageError:
     """Return the error for an adjustment that does not exist."""
     names = [a.name for a in ADJUSTMENTS]
-    return UsageError("E232", f'unknown adjustment "{name}"', help=close_matches(name, names) or ", ".join(names))
+    return UsageError(
+        "E232", f'unknown adjustment "{name}"', help=close_matches(name, names) or ", ".join(names)
+    )

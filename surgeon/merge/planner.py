@@ -139,6 +139,11 @@ def draft(
     _untie(spec, opened, structure, origins, config, findings)
     builder = _Builder(spec, options, method, dict(keys), opened, structure, findings, config)
     items = builder.items(origins)
+    if builder.undamped:
+        findings.warnings.append(
+            f"aim leaves {len(builder.undamped)} tensors as merged: the base has no part in them, "
+            f"{printable(min(builder.undamped))} for one"
+        )
     for text, where in unmatched_filters(
         spec,
         origins.keys(),
@@ -523,6 +528,7 @@ class _Builder:
         self.bound: list[tuple[str, Any]] = []
         self.used: set[str] = set()
         self.dense_used: set[str] = set()
+        self.undamped: set[str] = set()
         self.ordinals = {ref: i for i, ref in enumerate(spec.models())}
         architecture = architecture_of((opened[structure].config or {}).get("model_type"))
         self.optional = {}
@@ -687,7 +693,7 @@ class _Builder:
                 self.bound.append((name, bound))
             if self.method.group_by and dense is None:  # a dense tensor has no threshold to share
                 groups.add(str(values.get(self.method.group_by, "tensor")))
-            return self._damped(bound, refs, infos, point)
+            return self._damped(name, bound, refs, infos, point)
 
         self._check_inputs_count(name, refs, base)
         self.counts["merged"] += 1
@@ -707,18 +713,22 @@ class _Builder:
             item = replace(item, group=key)
         return item
 
-    def _damped(self, bound: Any, refs: list[ModelRef], infos, point: Mapping[str, float]) -> Any:
+    def _damped(self, name: str, bound: Any, refs: list[ModelRef], infos, point: Mapping[str, float]) -> Any:
         """Put AIM on top of an operation where the reference's channels were measured."""
         options, omega = self.options, point.get("aim", self.spec.adjust.aim)
-        if omega is None or options.importance is None or options.reference not in refs or bound.copies:
+        if omega is None or options.importance is None:
             return bound
-        importance = options.importance.get(infos[options.reference].name)
-        if importance is None or omega == 1:
+        if options.reference not in refs:
+            self.undamped.add(name)
             return bound
-        from surgeon.merge.aim import Damped
+        # Layers may move; what lies outside them may stand for another tensor (a head, untied here).
+        importance = options.importance.get(infos[options.reference].name if layer_of(name) else name)
+        if importance is None:
+            return bound
+        from surgeon.merge.aim import damped
 
         factors = np.float32(1) - importance * np.float32(1 - omega)
-        return Damped(bound, refs.index(options.reference), factors)
+        return damped(bound, refs.index(options.reference), factors)
 
     def _check_inputs_count(self, name: str, refs: list[ModelRef], base: ModelRef | None) -> None:
         least, most = self.method.models

@@ -161,7 +161,9 @@ def prepare(
     structure = options.structure or (pair[0] if pair else None) or spec.base_model or refs[0]
     if spec.text_from is not None:
         if spec.text_from not in models:
-            raise UsageError("E232", f"text_from {spec.text_from} is not among the models", help="name one of them")
+            raise UsageError(
+                "E232", f"text_from {spec.text_from} is not among the models", help="name one of them"
+            )
         pair = (structure, spec.text_from)
     options = replace(
         options, structure=structure, refuse_positions=options.refuse_positions or pair is not None,
@@ -243,7 +245,9 @@ def adjusted(
         raise InputError("E355", f'the layer scores name "{printable(unknown[0])}", which is not merged here',
                          where=Where(str(adjust.layer_scores)), help=f"the models are {', '.join(keys.values())}")  # fmt: skip
     if brought.keys() == {keys[reference]}:
-        findings.warnings.append(f"the layer scores are those of the base {keys[reference]}; it has no task vector")
+        findings.warnings.append(
+            f"the layer scores are those of the base {keys[reference]}; it has no task vector"
+        )
     views = dict(opened)
     for ref, checkpoint in opened.items():
         factors = [s[keys[ref]] for s in (scores, brought) if keys[ref] in s]
@@ -252,10 +256,9 @@ def adjusted(
         from surgeon.merge.delta_view import DeltaView
 
         base = opened[reference]
-        aliases = _head_alias(checkpoint, base)
         views[ref] = DeltaView(
             checkpoint, base, rank=adjust.delta_rank, factor=_product(factors) if factors else None,
-            label=checkpoint.label, aliases=aliases,
+            label=checkpoint.label,
         )  # fmt: skip
     importance = measured.importance if measured is not None else None
     if measured is not None:
@@ -273,14 +276,6 @@ def _product(scores: list[LayerScores]):
         return found
 
     return factor
-
-
-def _head_alias(model: Checkpoint, base: Checkpoint) -> dict[str, str]:
-    """Return the base's tensor that stands for an output head it does not store: its tied embedding."""
-    head, embedding = align.head_name(model.tensors), align.embedding_name(base.tensors)
-    if head is None or embedding is None or head in base.tensors or not align.is_tied(base):
-        return {}
-    return {head: embedding}
 
 
 def swapped_base(spec: MergeSpec, models: Mapping[ModelRef, OpenModel]) -> list[str]:

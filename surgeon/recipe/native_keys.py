@@ -1,9 +1,9 @@
 """The key ``surgeon:`` of a merge YAML: what only this program does. mergekit ignores it.
 
-    surgeon:
-      text_from: ./long       # context length, generation settings, tokenizer and chat template
-      aim: 0.4                # and the other adjustments of `surgeon.merge.adjustments`
-      calibration: {source: questions.jsonl, samples: 100}
+surgeon:
+  text_from: ./long       # context length, generation settings, tokenizer and chat template
+  aim: 0.4                # and the other adjustments of `surgeon.merge.adjustments`
+  calibration: {source: questions.jsonl, samples: 100}
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""Running a model layer by layer over calibration text: activations, routing, losses, gradients."""

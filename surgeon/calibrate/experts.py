@@ -1,0 +1,98 @@
+"""Experts, one after the other: what runs in place of the library's stacked multiplications.
+
+The library lets a function be registered for all expert modules. This one goes through the experts
+that tokens were routed to, takes each one's weights from the loaded stack or straight from the
+checkpoint, and can show every expert's own inputs and outputs to an observer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from surgeon.calibrate.pieces import is_experts
+
+NAME = "surgeon_experts"
+
+Weights = Callable[[int, str], Tensor]
+"""(expert, parameter name) -> that expert's slice of a stacked parameter."""
+
+Watch = Callable[[int, str, Tensor, Tensor, Tensor], None]
+"""(expert, "gate_up" or "down", token rows, inputs, outputs)."""
+
+
+def install(model: Any) -> None:
+    """Make a model's expert modules run through this module; models without experts stay as they are."""
+    if not any(is_experts(module) for module in model.modules()):
+        return
+    if NAME not in ALL_EXPERTS_FUNCTIONS:
+        ALL_EXPERTS_FUNCTIONS.register(NAME, run_experts)
+    model.set_experts_implementation(NAME)
+
+
+def stacked_parameters(root: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the stacked parameters of all expert modules inside ``root``, by name."""
+    for path, module in root.named_modules():
+        if is_experts(module):
+            for name, parameter in module.named_parameters(recurse=False):
+                yield f"{path}.{name}" if path else name, parameter
+
+
+def run_experts(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Compute the routed experts of tokens.
+
+    Args:
+        module: an expert module of the library.
+        hidden: [tokens, hidden].
+        top_k_index: the experts of each token [tokens, k].
+        top_k_weights: their weights [tokens, k].
+
+    Returns:
+        The weighted sum of the experts' outputs [tokens, hidden].
+    """
+    deferred = getattr(module, "surgeon_deferred", None)
+    if deferred is not None:
+        return deferred(hidden, top_k_index, top_k_weights)
+    total = torch.zeros_like(hidden)
+    for expert, rows, slots in routed(top_k_index, module.num_experts):
+        out = one_expert(module, expert, rows, hidden[rows], lambda e, name: getattr(module, name)[e])
+        total.index_add_(0, rows, (out * top_k_weights[rows, slots, None]).to(total.dtype))
+    return total
+
+
+def routed(top_k_index: Tensor, experts: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Yield (expert, token rows, slots) for every expert that got tokens, in ascending order."""
+    flat = top_k_index.reshape(-1)
+    order = torch.argsort(flat, stable=True)
+    counts = torch.bincount(flat[flat < experts], minlength=experts).tolist()
+    k = top_k_index.shape[-1]
+    start = 0
+    for expert, count in enumerate(counts):
+        if count:
+            chosen = order[start : start + count]
+            yield expert, chosen // k, chosen % k
+        start += count
+
+
+def one_expert(module: Any, expert: int, rows: Tensor, inputs: Tensor, weights: Weights) -> Tensor:
+    """Return one expert's output [tokens, hidden] for its inputs, before the routing weight."""
+    watch: Watch | None = getattr(module, "surgeon_watch", None)
+    first = "gate_up_proj" if module.has_gate else "up_proj"
+    inner = _linear(module, expert, first, inputs, weights)
+    if watch is not None:
+        watch(expert, first, rows, inputs, inner)
+    gated = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
+    out = _linear(module, expert, "down_proj", gated, weights)
+    if watch is not None:
+        watch(expert, "down_proj", rows, gated, out)
+    return module.post_expert_norm(out) if module.has_post_expert_norm else out
+
+
+def _linear(module: Any, expert: int, name: str, inputs: Tensor, weights: Weights) -> Tensor:
+    weight = weights(expert, name)
+    out = inputs @ weight if module.is_transposed else inputs @ weight.T
+    return out + weights(expert, f"{name}_bias") if module.has_bias else out

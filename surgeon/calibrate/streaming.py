@@ -1,0 +1,186 @@
+"""What fits into memory, and layers of experts that do not.
+
+A large layer of experts is computed for a group of batches at a time: every batch runs up to the
+experts, which only note what was routed to them; then one expert after the other is read and
+computes its tokens of the whole group; then every batch runs again with the sums put in. Attention
+is computed twice, each expert is read once per group, and one expert (and the next, which is read
+meanwhile) is in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from surgeon.calibrate.batches import Batch
+from surgeon.calibrate.experts import one_expert, routed
+from surgeon.calibrate.settings import Settings
+from surgeon.calibrate.skeleton import Call, Skeleton
+from surgeon.calibrate.watching import Watching
+from surgeon.errors import EnvironmentFault
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How a pass shares its memory.
+
+    Attributes:
+        streamed: the layers whose experts are read one at a time.
+        prefetch: whether the next layer is read while one computes.
+        spill: whether activations lie in a file.
+        calls: bytes for recorded masks and rotary tables.
+        group_tokens: tokens of a group in layers of streamed experts.
+    """
+
+    streamed: frozenset[int]
+    prefetch: bool
+    spill: bool
+    calls: int
+    group_tokens: int
+
+    def streams(self, layer: int) -> bool:
+        return layer in self.streamed
+
+    def groups(self, batches: Sequence[Batch]) -> Iterator[list[int]]:
+        """Yield the numbers of batches that go through streamed experts together."""
+        group: list[int] = []
+        tokens = 0
+        for number, batch in enumerate(batches):
+            size = len(batch.samples) * batch.length
+            if group and tokens + size > self.group_tokens:
+                yield group
+                group, tokens = [], 0
+            group.append(number)
+            tokens += size
+        if group:
+            yield group
+
+    @classmethod
+    def of(cls, skeleton: Skeleton, batches: Sequence[Batch], settings: Settings) -> MemoryPlan:
+        """Decide, from the sizes of layers and batches, what is held in memory.
+
+        Raises:
+            EnvironmentFault: E504 not even one layer fits.
+        """
+        budget = settings.budget()
+        size = torch.empty(0, dtype=skeleton.dtype).element_size()
+        places = max(len(batch.samples) * batch.length for batch in batches)
+        work = places * skeleton.widest * 4 * size  # gate, up, product and one copy
+        layers = range(skeleton.layers)
+        whole = [skeleton.bytes_of_layer(layer) for layer in layers]
+        dense = [skeleton.bytes_of_layer(layer, experts_too=False) for layer in layers]
+        outer = skeleton.bytes_outside()
+        wanted = settings.stream_experts
+        free = budget - work - outer
+        streamed = frozenset(
+            layer
+            for layer in layers
+            if whole[layer] > dense[layer]
+            and (wanted if wanted is not None else 2 * whole[layer] > free * 3 // 4)
+        )
+        largest = max(dense[layer] if layer in streamed else whole[layer] for layer in layers)
+        if largest + work + outer > budget:
+            raise EnvironmentFault(
+                "E504", f"calibrating needs about {(largest + work + outer) / 1e6:,.0f} MB for one layer and one batch, "
+                f"the limit is {budget / 1e6:,.0f} MB", help="raise --memory-limit, or lower the sequence length",
+            )  # fmt: skip
+        prefetch = 2 * largest <= free
+        left = free - largest * (2 if prefetch else 1)
+        total = sum(len(batch.samples) * batch.length for batch in batches) * skeleton.hidden_size * size
+        each_token = skeleton.hidden_size * (4 * size) + 64 * 8
+        return cls(
+            streamed=streamed,
+            prefetch=prefetch,
+            spill=total > left // 2,
+            calls=max(1 << 20, min(256 << 20, left // 4)),
+            group_tokens=max(places, left // 2 // each_token),
+        )
+
+
+class _Routed(Exception):
+    """Ends a layer's forward at its experts."""
+
+
+class ExpertStream:
+    """Computes one layer of experts for groups of batches, reading expert by expert."""
+
+    def __init__(self, skeleton: Skeleton, layer: int, watching: Watching) -> None:
+        self._skeleton = skeleton
+        self._layer = layer
+        self._watching = watching
+        self._module: Any = skeleton.expert_module(layer)
+
+    def run(
+        self,
+        inputs: Mapping[int, Tensor],
+        calls: Mapping[int, Call],
+        batches: Mapping[int, Batch],
+        check: Callable[[], None],
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Yield (batch number, the layer's output) for a group of batches."""
+        arrived = {number: self._arrive(states, calls[number]) for number, states in inputs.items()}
+        sums = {number: torch.zeros_like(hidden) for number, (hidden, _, _) in arrived.items()}
+        shares = {
+            number: {expert: (rows, slots) for expert, rows, slots in routed(index, self._module.num_experts)}
+            for number, (_, index, _) in arrived.items()
+        }
+        needed = sorted({expert for table in shares.values() for expert in table})
+        for expert, weights in self._experts(needed):
+            check()
+            for number, table in shares.items():
+                if expert not in table:
+                    continue
+                rows, slots = table[expert]
+                hidden, _, scale = arrived[number]
+                self._watching.begin(batches[number])
+                out = one_expert(
+                    self._module, expert, rows, hidden[rows], lambda _, name, held=weights: held[name]
+                )
+                self._watching.end()
+                sums[number].index_add_(0, rows, (out * scale[rows, slots, None]).to(hidden.dtype))
+        arrived.clear()
+        for number, states in inputs.items():
+            check()
+            total = sums.pop(number)
+            self._module.surgeon_deferred = lambda hidden, index, scale, total=total: total
+            self._watching.begin(batches[number])
+            try:
+                out = self._skeleton.call(self._layer, states, calls[number])
+            finally:
+                del self._module.surgeon_deferred
+                self._watching.end()
+            yield number, out
+
+    def _arrive(self, states: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+        """Run a layer up to its experts and return what they are given."""
+        found: list[tuple[Tensor, Tensor, Tensor]] = []
+
+        def note(hidden: Tensor, index: Tensor, scale: Tensor) -> Tensor:
+            found.append((hidden, index, scale))
+            raise _Routed
+
+        self._module.surgeon_deferred = note
+        try:
+            self._skeleton.call(self._layer, states, call)
+        except _Routed:
+            pass
+        finally:
+            del self._module.surgeon_deferred
+        return found[0]
+
+    def _experts(self, needed: Sequence[int]) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """Yield (expert, its weights), reading the next one meanwhile."""
+        read = self._skeleton.read_expert
+        with ThreadPoolExecutor(1, thread_name_prefix="surgeon-expert") as pool:
+            ahead = pool.submit(read, self._layer, needed[0]) if needed else None
+            for place, expert in enumerate(needed):
+                assert ahead is not None
+                weights = ahead.result()
+                ahead = pool.submit(read, self._layer, needed[place + 1]) if place + 1 < len(needed) else None
+                yield expert, weights
+                del weights

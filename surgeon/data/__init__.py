@@ -1,0 +1,1 @@
+"""Reading what people bring beside models: calibration text, evaluation questions."""

@@ -1,0 +1,14 @@
+"""Reports over evaluation results: one page, a Markdown table, or the Pareto plot alone.
+
+    results = surgeon.report.load(["long.json", "merged.json"])
+    surgeon.report.write(results, "report.html")
+
+Standard library only, PNG excepted (matplotlib, imported when asked for). Equal results give equal bytes.
+"""
+
+from __future__ import annotations
+
+from surgeon.report.documents import SCHEMAS, load, validate
+from surgeon.report.writing import FORMATS, format_of, render, write
+
+__all__ = ["FORMATS", "SCHEMAS", "format_of", "load", "render", "validate", "write"]

@@ -1,0 +1,113 @@
+"""How a model was made, from the ``surgeon.json`` of its folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What a manifest says, as short texts.
+
+    Attributes:
+        method: as it is typed: dare-ties.
+        inputs: (name, role or parameters, digests of its files).
+        parameters: (name, value) of the method and of what was put on top of it.
+        calibration: (name, value) of the text that was measured on; empty when none was.
+    """
+
+    method: str
+    inputs: tuple[tuple[str, str, str], ...]
+    parameters: tuple[tuple[str, str], ...]
+    calibration: tuple[tuple[str, str], ...]
+    plan: str
+    program: str
+    warnings: tuple[str, ...]
+
+
+_QUIET = {"int8_mask", "rescale"}
+"""Parameters that only speak when they are on."""
+
+
+def read(manifest: Mapping[str, Any]) -> Provenance:
+    """Return what a manifest says; parts it does not have stay empty."""
+    recipe = _mapping(manifest.get("recipe"))
+    program = _mapping(manifest.get("program"))
+    method = str(recipe.get("method") or manifest.get("verb") or "").replace("_", "-")
+    parameters = {**_mapping(recipe.get("parameters")), **_changed(_mapping(recipe.get("adjust")))}
+    for key in ("precision", "out_dtype", "layers", "sweep"):
+        if recipe.get(key):
+            parameters[key] = recipe[key]
+    parameters = {k: v for k, v in parameters.items() if not (k in _QUIET and not v)}
+    if manifest.get("seed") is not None:
+        parameters["seed"] = manifest["seed"]
+    measured = _mapping(manifest.get("measured"))
+    calibration = _mapping(manifest.get("calibration")) or _mapping(measured.get("calibration"))
+    warnings = manifest.get("warnings")
+    return Provenance(
+        method=method,
+        inputs=tuple(_inputs(recipe, _mapping(manifest.get("inputs")))),
+        parameters=tuple((k, value(v)) for k, v in parameters.items() if v is not None),
+        calibration=tuple((k, value(v)) for k, v in calibration.items() if v is not None),
+        plan=str(manifest.get("plan") or ""),
+        program=f"{program.get('name', '')} {program.get('version', '')}".strip(),
+        warnings=tuple(map(str, warnings)) if isinstance(warnings, list) else (),
+    )
+
+
+def _inputs(recipe: Mapping[str, Any], inputs: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Return the models in the order of the recipe, those it does not list last."""
+    each: dict[str, list[str]] = {}
+    for module in _list(recipe.get("modules")):
+        for piece in _list(_mapping(module).get("slices")):
+            for source in _list(_mapping(piece).get("sources")):
+                source = _mapping(source)
+                said = [f"{k} {value(v)}" for k, v in _mapping(source.get("parameters")).items()]
+                if source.get("layer_range"):
+                    said.insert(0, f"layers {value(source['layer_range'])}")
+                told = each.setdefault(str(source.get("model")), [])
+                told += [s for s in said if s not in told]
+    for name in inputs:
+        each.setdefault(str(name), [])
+    found = []
+    for name, said in each.items():
+        if name == recipe.get("base_model"):
+            said = ["base", *said]
+        entry = _mapping(inputs.get(name))
+        if entry.get("repo"):
+            said = [*said, f"{entry['repo']}@{str(entry.get('commit') or 'main')[:12]}"]
+        files = _mapping(entry.get("files"))
+        digests = [str(_mapping(f).get("sha256") or "")[:12] for _, f in sorted(files.items())]
+        found.append((name, ", ".join(said), " ".join(d for d in digests if d)))
+    return found
+
+
+def _changed(adjust: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in adjust.items() if v not in (None, False, "", [], {})}
+
+
+def value(entry: Any) -> str:
+    """Return a setting as people write it."""
+    if entry is None:
+        return "none"
+    if isinstance(entry, bool):
+        return "yes" if entry else "no"
+    if isinstance(entry, float):
+        return f"{entry:.10g}"
+    if isinstance(entry, int) and abs(entry) >= 100_000:
+        return f"{entry:,}"
+    if isinstance(entry, Mapping):
+        return ", ".join(f"{k} {value(v)}" for k, v in entry.items())
+    if isinstance(entry, list | tuple):
+        return ("; " if any(isinstance(e, Mapping) for e in entry) else ", ").join(map(value, entry))
+    return str(entry)
+
+
+def _mapping(entry: Any) -> Mapping[str, Any]:
+    return entry if isinstance(entry, Mapping) else {}
+
+
+def _list(entry: Any) -> list[Any]:
+    return entry if isinstance(entry, list) else []
