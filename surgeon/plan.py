@@ -324,11 +324,15 @@ def estimate(plan: Plan, threads: int) -> Estimate:
     worst = 0
     worst_name = ""
     passes = 1
+    beside = kept = 0  # what views hold while they compute a tensor (low-rank factors), and afterwards
     for item in plan.items:
         steps = 1 + max(task.operation.reduces() for task in item.tasks)
         passes = max(passes, steps)
         for ref in item.inputs:
             read += steps * plan.inputs[ref.model].tensors[ref.name].nbytes
+        views = [(v, r.name) for r in item.inputs if hasattr(v := plan.inputs[r.model], "memory")]
+        beside = max(beside, sum(v.memory(name) for v, name in views))
+        kept = max(kept, sum(v.kept_bytes(name) for v, name in views))
         for task in item.tasks:
             write += sum(o.nbytes for o in task.outputs)
         ranges = blocks_of(plan, item)
@@ -338,7 +342,8 @@ def estimate(plan: Plan, threads: int) -> Estimate:
             worst, worst_name = need, item.tasks[0].outputs[0].name
     extras = sum(len(c.content) for model in plan.models.values() for c in model.companions)
     disk = int((write + extras) * 1.02) + 8_000_000
-    return Estimate(read, write, disk, BASELINE_BYTES + worst * threads, worst_name, passes)
+    memory = BASELINE_BYTES + worst * threads + beside * min(threads, 2) + kept
+    return Estimate(read, write, disk, memory, worst_name, passes)
 
 
 def item_bytes_per_element(plan: Plan, item: WorkItem) -> int:

@@ -92,7 +92,7 @@ class InFile:
         raw = value.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy()
         offset, stop = self._offsets[batch], self._offsets[batch + 1]
         assert len(raw) == stop - offset, "a block has another shape than planned"
-        view = memoryview(raw)
+        view = raw.data
         try:
             done = 0
             while done < len(view):
@@ -106,7 +106,7 @@ class InFile:
     def get(self, batch: int) -> Tensor:
         offset, stop = self._offsets[batch], self._offsets[batch + 1]
         raw = torch.empty(stop - offset, dtype=torch.uint8)
-        view = memoryview(raw.numpy())
+        view = raw.numpy().data
         done = 0
         while done < len(view):
             count = os.preadv(self._descriptor, [view[done:]], offset + done)
@@ -119,7 +119,7 @@ class InFile:
 
     def digest(self, batch: int) -> str:
         """Return the sha256 of a block as it lies in the file."""
-        return hashlib.sha256(memoryview(self.get(batch).reshape(-1).view(torch.uint8).numpy())).hexdigest()
+        return hashlib.sha256(self.get(batch).reshape(-1).view(torch.uint8).numpy().data).hexdigest()
 
     def sync(self) -> None:
         os.fsync(self._descriptor)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from surgeon.calibrate.pieces import is_experts
@@ -94,5 +95,19 @@ def one_expert(module: Any, expert: int, rows: Tensor, inputs: Tensor, weights: 
 
 def _linear(module: Any, expert: int, name: str, inputs: Tensor, weights: Weights) -> Tensor:
     weight = weights(expert, name)
+    rows = inputs.shape[0]
+    if inputs.device.type == "cpu" and inputs.dtype in (torch.bfloat16, torch.float16):
+        inputs = functional.pad(inputs, (0, 0, 0, usual_rows(rows) - rows))
     out = inputs @ weight if module.is_transposed else inputs @ weight.T
+    out = out[:rows]
     return out + weights(expert, f"{name}_bias") if module.has_bias else out
+
+
+def usual_rows(rows: int) -> int:
+    """Round a number of rows up to one of four sizes between powers of two.
+
+    The CPU library compiles and keeps a kernel of about a megabyte for every number of rows in 16 bits.
+    Experts get a different number each time; in a layer of many that is more memory than its weights.
+    """
+    step = max(16, 1 << max(0, (rows - 1).bit_length() - 3))
+    return -(-rows // step) * step

@@ -9,7 +9,8 @@ peak is one layer's weights, one of its gradients, and the kept inputs of a grou
 The loss of a sample is the mean negative log-likelihood of its answer tokens given all before them. The
 gradients are those of ``loss.backward()`` on the library's model in evaluation mode, in two respects
 also where that is a convention: the embedding's row of the padding token has no gradient from the input
-side, and experts are differentiated for the tokens that were routed to them.
+side, and experts are differentiated for the tokens that were routed to them. A gradient of a mean over
+many tokens is small: float16 loses part of it, bfloat16 does not.
 """
 
 from __future__ import annotations

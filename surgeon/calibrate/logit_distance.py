@@ -1,7 +1,7 @@
 """How far the logits of two models lie apart on the same text.
 
 The mean over samples of the mean over answer tokens of ||z_first - z_second||_2, the alignment score
-of Sens-Merging (arXiv 2502.12420, section 3.2). Both heads are read in blocks of the vocabulary.
+of Sens-Merging (arXiv 2502.12420). Both heads are read in blocks of the vocabulary.
 """
 
 from __future__ import annotations

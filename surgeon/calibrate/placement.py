@@ -40,8 +40,8 @@ class Placement:
     @classmethod
     def of(cls, device: str, layers: int) -> Placement:
         """Return the placement for a device setting: "cpu", "cuda", "cuda:N" or "auto"."""
-        name, _, number = device.partition(":")
-        if name not in ("cpu", "cuda", "auto") or (number and not (name == "cuda" and number.isdigit())):
+        name, colon, number = device.partition(":")
+        if name not in ("cpu", "cuda", "auto") or (colon and not (name == "cuda" and number.isdecimal())):
             raise UsageError(
                 "E230", f"{device!r} is not a device", help='use "cpu", "cuda", "cuda:1" or "auto"'
             )

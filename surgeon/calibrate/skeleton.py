@@ -509,7 +509,7 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
                          help="use the model it was made from, or dequantize it first")  # fmt: skip
     clean = {key: value for key, value in config.items() if key not in ("auto_map", "_name_or_path", "dtype", "torch_dtype")}  # fmt: skip
     try:
-        parsed = CONFIG_MAPPING[model_type].from_dict(clean)
+        parsed = CONFIG_MAPPING[str(model_type)].from_dict(clean)
         kind = _class_of(parsed, config)
         with torch.device("meta"), _quiet():
             model = kind._from_config(parsed, dtype=dtype)

@@ -9,8 +9,11 @@ meanwhile) is in memory.
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +26,9 @@ from surgeon.calibrate.settings import Settings
 from surgeon.calibrate.skeleton import Call, Skeleton
 from surgeon.calibrate.watching import Watching
 from surgeon.errors import EnvironmentFault
+
+RELEASE_BYTES = 32 << 20
+"""Weights of experts dropped before their memory is given back; without that it grows to the whole layer."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,9 @@ class MemoryPlan:
         size = torch.empty(0, dtype=skeleton.dtype).element_size()
         places = max(len(batch.samples) * batch.length for batch in batches)
         work = places * skeleton.widest * 4 * size  # gate, up, product and one copy
+        if skeleton.model.config._attn_implementation == "eager":  # scores of all heads, their softmax in float32
+            heads = int(skeleton.model.config.num_attention_heads)
+            work += max(len(b.samples) * b.length**2 for b in batches) * heads * (2 * size + 4)
         layers = range(skeleton.layers)
         whole = [skeleton.bytes_of_layer(layer) for layer in layers]
         dense = [skeleton.bytes_of_layer(layer, experts_too=False) for layer in layers]
@@ -100,6 +109,13 @@ class MemoryPlan:
             calls=max(1 << 20, min(256 << 20, left // 4)),
             group_tokens=max(places, left // 2 // each_token),
         )
+
+
+def release_memory() -> None:
+    """Give freed blocks back to the system; glibc keeps them otherwise, a layer's weights included."""
+    if sys.platform.startswith("linux"):
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 class _Routed(Exception):
@@ -178,9 +194,14 @@ class ExpertStream:
         read = self._skeleton.read_expert
         with ThreadPoolExecutor(1, thread_name_prefix="surgeon-expert") as pool:
             ahead = pool.submit(read, self._layer, needed[0]) if needed else None
+            freed = 0
             for place, expert in enumerate(needed):
                 assert ahead is not None
                 weights = ahead.result()
                 ahead = pool.submit(read, self._layer, needed[place + 1]) if place + 1 < len(needed) else None
                 yield expert, weights
+                freed += sum(weight.nbytes for weight in weights.values())
                 del weights
+                if freed > RELEASE_BYTES:
+                    release_memory()
+                    freed = 0

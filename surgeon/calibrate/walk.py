@@ -12,16 +12,14 @@ layer of experts that does not fit is computed one expert at a time (see `stream
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import importlib.metadata
-import sys
 import tempfile
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -259,7 +257,7 @@ class Walk:
         finally:
             watching.end()
             skeleton.empty(layer)
-            release_memory()
+            streaming.release_memory()
 
     def _final(self, watching: Watching, fresh: Activations, stop: threading.Event | None) -> None:
         skeleton, states = self.skeleton, self._states
@@ -421,13 +419,6 @@ class _Loader:
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._ahead = None
-
-
-def release_memory() -> None:
-    """Give freed blocks back to the system; glibc keeps them otherwise, a layer's weights included."""
-    if sys.platform.startswith("linux"):
-        with suppress(OSError, AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)
 
 
 def _check_samples(samples: list[np.ndarray], skeleton: Skeleton) -> None:

@@ -17,6 +17,7 @@ import threading
 from pathlib import Path
 
 from surgeon.checkpoint.header import Header, open_regular
+from surgeon.errors import InputError
 from surgeon.system import open_file_budget
 
 CHUNK = 4 << 20
@@ -143,7 +144,10 @@ class InputDigester:
                 if path not in descriptors:
                     if len(descriptors) >= min(16, open_file_budget()):
                         os.close(descriptors.pop(next(iter(descriptors))))
-                    descriptors[path] = open_regular(path)
+                    try:
+                        descriptors[path] = open_regular(path)
+                    except InputError:
+                        continue  # gone: the readers, or the last look at all inputs, say so
                 position = self._position[path]
                 while position < end and not self._stop.is_set():
                     count = os.preadv(descriptors[path], [view[: min(CHUNK, end - position)]], position)

@@ -266,7 +266,8 @@ def show(out: Output, document: dict[str, Any]) -> None:
         out.line(
             f"  {test['gained']} questions gained, {test['lost']} lost against the baseline   McNemar p = {test['p_value']:.3g}"
         )
-    for domain, own in (document["groups"].get("domain") or {}).items():
+    domains = document["groups"].get("domain") or {}
+    for domain, own in domains.items() if len(domains) > 1 else ():
         parts = [
             f"{_NAMES[n]} {_text(n, own[n]['value'])} ({_interval(n, own[n])})"
             for n in ("accuracy", "tokens_mean")

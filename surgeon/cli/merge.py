@@ -283,23 +283,14 @@ def finish(out: Output, planned: Any, settings: Settings, strict: bool) -> dict[
 
 def measure(out: Output, planned: Any, destination: Path, settings: Settings, stop: Any) -> Any:
     """Measure what the adjustments need, with a progress line for each of them."""
-    bars: dict[str, Any] = {}
-
-    def advance(title: str, done: int, total: int) -> None:
-        if title not in bars:
-            for bar in bars.values():
-                bar.close()
-            bars[title] = out.progress(title, unit="")
-        bars[title](done, total)
-
+    bar = out.progress("measuring", unit="")
     try:
         measured = planned.measure(
             destination, work=settings.work, threads=settings.threads, memory_limit=settings.memory_limit,
-            progress=advance, stop=stop,
+            progress=lambda title, done, total: bar(done, total, title), stop=stop,
         )  # fmt: skip
     finally:
-        for bar in bars.values():
-            bar.close()
+        bar.close()
     for note in measured.plan.notes:
         if note not in planned.plan.notes:
             out.note(note)
@@ -447,9 +438,11 @@ def effective_update(summaries: dict[str, Any]) -> dict[str, Any] | None:
     scale = total["moved_l1"] / total["kept_l1"] if total["kept_l1"] else 0.0
     asked = next((float(r["scale"]) for r in rows if "scale" in r), None)
     warnings = []
+    if changed == 0:
+        warnings.append("the two models hold equal weights: the result is the base")
     if kept >= changed > 0:
         warnings.append(f"keep has no effect: only {changed:.1%} of the entries differ, all of them are kept")
-    if asked and abs(scale - asked) > 0.1 * abs(asked):
+    if asked and changed and abs(scale - asked) > 0.1 * abs(asked):
         warnings.append(f"the effective scale is {scale:.2f}, not {asked:g}: the updates are about as small as the output "
                         "type's resolution; --dtype float32 keeps them exactly")  # fmt: skip
     return {

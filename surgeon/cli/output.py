@@ -143,7 +143,11 @@ class Progress:
         self._last = self._begin
         self._tty = sys.stderr.isatty()
 
-    def __call__(self, done: int, total: int) -> None:
+    def __call__(self, done: int, total: int, title: str | None = None) -> None:
+        """Redraw; a new ``title`` starts another phase on the same line."""
+        if title is not None and title != self._title:
+            self._title = title
+            self._begin = time.monotonic()
         if not self._out.show_progress:
             return
         now = time.monotonic()
@@ -155,11 +159,12 @@ class Progress:
             share = done / max(total, 1)
             left = elapsed / share - elapsed if share > 0 else 0
             rate = f"  {done / max(elapsed, 1e-9) / 1e6:,.0f} {self._unit}" if self._unit else ""
-            text = f"{self._title}  {share:4.0%}{rate}  {_clock(left)} left"
+            counted = f"  {share:4.0%}{rate}  {_clock(left)} left" if total > 1 else ""  # else a step's name is all
+            text = self._title + counted
             if self._tty:
-                width = 24
+                width = 24 if counted else 0
                 full = int(share * width)
-                text = f"{self._title}  {'━' * full}{'╌' * (width - full)}  {share:4.0%}{rate}  {_clock(left)} left"
+                text = f"{self._title}  {'━' * full}{'╌' * (width - full)}{counted}"
                 self._out._write(sys.stderr, "\r" + text.ljust(len(self._out._bar)))
                 self._out._bar = text
             else:

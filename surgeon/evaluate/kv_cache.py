@@ -108,7 +108,7 @@ def packable(config: Any, longest: int) -> bool:
         layers = getattr(DynamicCache(config=config), "layers", None)
     except (TypeError, AttributeError, ValueError, KeyError):
         return False
-    if not layers:
+    if not layers or getattr(config.get_text_config(), "attention_chunk_size", None):
         return False
     return all(
         type(layer) is DynamicLayer

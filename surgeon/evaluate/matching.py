@@ -35,22 +35,22 @@ _LATEX = (
     (re.compile(r"\\[dtc]?frac\s*(\d)\s*(\d)"), r"(\1)/(\2)"),
     (re.compile(r"\\!"), ""),
     (re.compile(r"\{,\}|\\[,;:]"), ","),
-    (re.compile(r"\\(?:times|cdot)\s*"), "*"),
-    (re.compile(r"×\s*"), "*"),
+    (re.compile(r"\\(?:times|cdot) *"), "*"),
+    (re.compile(r"× *"), "*"),
     (re.compile(r"\\%"), "%"),
     (re.compile(r"\\\$|[$€£]"), ""),
     (re.compile(r"\\(?:left|right)(?![a-z])"), ""),
 )
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?![\d])|\d+)"
 _DECIMAL = rf"(?:{_DIGITS}(?:\.\d+)?|\.\d+)"
-_POWER = r"(?:[eE][+-]?\d{1,3}(?!\d)|\s*\*\s*10\s*\^\s*\{?\s*(?P<{0}>[+-]?\d{{1,3}})\s*\}?)?"
+_POWER = r"(?:[eE][+-]?\d{1,3}(?!\d)| *\* *10 *\^ *\{? *(?P<power>[+-]?\d{1,3}) *\}?)?"
 _SIGN = r"(?:(?<![\w)\]}.,])[+-])?"
 _NUMBER = re.compile(
     rf"(?P<sign>{_SIGN})(?:"
-    rf"(?P<whole>\d+)\s+(?P<top>\d+)\s*/\s*(?P<bottom>\d+)(?![\d.])"
-    rf"|\(?(?P<num>-?\s?{_DECIMAL})\)?\s*/\s*\(?(?P<den>-?\s?{_DECIMAL})\)?(?![\w])"
-    rf"|(?P<value>{_DECIMAL}){_POWER.replace('{0}', 'power').replace('{{', '{').replace('}}', '}')}"
-    rf")(?P<percent>\s*%)?"
+    rf"(?P<whole>\d+) +(?P<top>\d+) */ *(?P<bottom>\d+)(?![\d.])"
+    rf"|\(?(?P<num>-? ?{_DECIMAL})\)? */ *\(?(?P<den>-? ?{_DECIMAL})\)?(?![\w])"
+    rf"|(?P<value>{_DECIMAL}){_POWER}"
+    rf")(?P<percent> *%)?"
 )
 _LONGEST = 300
 """Digits: longer strings are no answers, and exact arithmetic on them costs time without bound."""
@@ -112,7 +112,7 @@ def _value(match: re.Match[str]) -> Fraction | None:
 
 
 def _plain(text: str) -> Fraction:
-    return Fraction(text.replace(",", "").replace(" ", ""))
+    return Fraction("".join(text.replace(",", "").split()))
 
 
 def number_of(text: str) -> tuple[Fraction, bool] | None:

@@ -124,9 +124,9 @@ def pass_at_k(hits: np.ndarray, samples: int, k: int) -> np.ndarray:
 
 
 def by_domain(outcomes: Outcomes, *, seed: int = 0, pass_at: Sequence[int] = ()) -> dict[str, Any]:
-    """Return the metrics of each domain; empty when there are not at least two."""
+    """Return the metrics of each domain; empty when no question names one."""
     names = sorted(set(outcomes.domains))
-    if len(names) < 2:
+    if not any(names):
         return {}
     rows = {name: [i for i, d in enumerate(outcomes.domains) if d == name] for name in names}
     return {

@@ -197,6 +197,10 @@ class Loaded:
                              help="leave it out, or evaluate a model with a longer context")  # fmt: skip
         return tuple(int(i) for i in ids)
 
+    def opens_thinking(self, ids: Sequence[int]) -> bool:
+        """Say whether a prompt ends in an open ``<think>``, as some templates write it: the reply continues it."""
+        return self.encoder.tokenizer.decode(list(ids[-16:])).rstrip().endswith("<think>")
+
     def text(self, ids: Sequence[int]) -> str:
         """Return a reply as text, without special tokens."""
         return self.encoder.tokenizer.decode(
@@ -289,7 +293,7 @@ def _check_memory(described: Described, device: str, dtype: str, memory_limit: i
     budget = memory_limit or memory_budget()
     if needed > budget:
         raise EnvironmentFault("E513", f"{described.name} needs about {needed / 1e9:.1f} GB of memory in {dtype}, {budget / 1e9:.1f} GB are available",
-                               help="--dtype bfloat16 halves the weights; --perplexity and --kl read one layer at a time")  # fmt: skip
+                               help=("--dtype bfloat16 halves the weights; " if dtype == "float32" else "") + "--perplexity and --kl read one layer at a time")  # fmt: skip
 
 
 def stop_ids(path: Path, tokenizer: Any) -> tuple[int, ...]:

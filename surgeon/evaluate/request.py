@@ -162,8 +162,9 @@ def build(**values: Any) -> EvalRequest:
         findings = []
         for e in error.errors():
             name = f"--{str(e['loc'][0]).replace('_', '-')}" if e["loc"] else "request"
+            message = f"{name} is {e.get('input')!r}: {e['msg'][:1].lower()}{e['msg'][1:]}"
             findings.append(
-                UsageError("E228", f"{name} is {e.get('input')!r}: {e['msg'][:1].lower()}{e['msg'][1:]}")
+                UsageError("E228", message, help='"surgeon eval --help" says what each option takes')
             )
         findings[0].others = tuple(findings[1:])
         raise findings[0] from None

@@ -17,20 +17,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from surgeon.checkpoint.header import printable
-from surgeon.errors import EnvironmentFault, Interrupted, UsageError, Where
+from surgeon.errors import Interrupted, UsageError
 from surgeon.evaluate import gates, metrics
 from surgeon.evaluate.gates import Gate
 from surgeon.evaluate.intervals import noise_points
 from surgeon.evaluate.metrics import Outcomes
 from surgeon.evaluate.model import Described, Loaded, describe, find, load, resolve_device, resolve_dtype
-from surgeon.evaluate.questions import Question, QuestionSet, read_questions
-from surgeon.evaluate.replies import ReplyFile, Written
+from surgeon.evaluate.questions import QuestionSet, read_questions
 from surgeon.evaluate.request import EvalRequest, build
 from surgeon.evaluate.results import check_output, outcomes_of, per_question, read_result, recorded, save
-from surgeon.system import memory_budget, physical_cores
+from surgeon.system import physical_cores
 
 if TYPE_CHECKING:
     from surgeon.evaluate.texts import Texts
@@ -111,6 +108,8 @@ class _Evaluation:
         document = self._document(measured, questions, began)
         document["baseline"] = self._compared(measured, before) if before is not None else None
         document["gates"] = self._decide(parsed, document, referred)
+        if not all(gate["passed"] for gate in document["gates"]):
+            document["status"] = "gate-failed"
         document["seconds"] = round(time.monotonic() - began, 3)
         return document
 
@@ -137,6 +136,8 @@ class _Evaluation:
         request = self.request
         self.device = resolve_device(request.device)
         self.dtype = resolve_dtype(request.dtype, self.device, models, request.memory_limit)
+        if request.dtype == "auto" and self.device == "cpu" and not (request.questions or request.tasks):
+            self.dtype = "float32"  # one layer at a time fits whatever the model's size
 
     def _texts(self, parsed: list[Gate], model: Described, reference: Described | None) -> None:
         """Read the texts of perplexity and KL now: what is wrong with them is known before hours of work."""
@@ -185,17 +186,17 @@ class _Evaluation:
                 )
             if questions is not None:
                 with self._timed(measured, "generate"):
-                    measured.outcomes = self._replies(model, loaded, questions, role)
-                self._summarise(measured)
+                    self._ask(measured, loaded, questions, role)
             if request.tasks:
                 from surgeon.evaluate import harness
 
                 with self._timed(measured, "tasks"):
                     self._tell(role, "tasks", 0, 1)
-                    rows = self._rows(loaded, request.max_new_tokens)
+                    # Their prompts are of unknown length: no more at once than lm-eval's users usually choose.
+                    rows = 32 if request.batch_size == "auto" else request.batch_size
                     measured.metrics |= harness.run_tasks(
-                        loaded, request.tasks, include_path=request.include_path, limit=request.limit,
-                        batch_size=min(rows, 32) if request.batch_size == "auto" else rows, seed=request.seed, offline=request.offline,
+                        loaded, request.tasks, include_path=request.include_path, limit=request.limit, batch_size=rows,
+                        seed=request.seed, offline=request.offline,
                     )  # fmt: skip
             del loaded
             gc.collect()
@@ -204,94 +205,23 @@ class _Evaluation:
                 measured.metrics["perplexity"] = self._perplexity(model, role, measured.data)
         return measured
 
+    def _ask(self, measured: _Measured, loaded: Loaded, questions: QuestionSet, role: str) -> None:
+        from surgeon.evaluate.answering import ask
+
+        found = ask(
+            self.request, measured.described, loaded, questions.questions, role=role, device=self.device, dtype=self.dtype,
+            tell=self._step(role, "replies"), stop=self.stop,
+        )  # fmt: skip
+        measured.outcomes, self.rows = found.outcomes, found.rows
+        self.notes.extend(found.notes)
+        self._summarise(measured)
+
     def _summarise(self, measured: _Measured) -> None:
         """Turn outcomes into metrics, over all questions and by domain."""
         if measured.outcomes is not None:
             options: Any = {"seed": self.request.seed, "pass_at": self.request.pass_at}
             measured.metrics |= metrics.measure(measured.outcomes, **options)
             measured.groups = metrics.by_domain(measured.outcomes, **options)
-
-    def _replies(self, model: Described, loaded: Loaded, questions: QuestionSet, role: str) -> Outcomes:
-        """Make the replies that are not known yet, and judge all of them."""
-        from surgeon.evaluate.generate import Decoding, Job, Reply, generate
-
-        request = self.request
-        decoding = Decoding(
-            request.max_new_tokens, **_typed(request.sampling), seed=request.seed, stop_ids=loaded.stop_ids, context=loaded.context
-        )  # fmt: skip
-        prompts = [loaded.prompt(q.chat, Where(q.file or None, q.line)) for q in questions.questions]
-        longest = max(map(len, prompts))
-        if loaded.context and longest + request.max_new_tokens > loaded.context:
-            self.notes.append(f"{model.name} takes {loaded.context:,} tokens: the longest question leaves {decoding.limit(longest):,} for its reply")  # fmt: skip
-        count = len(prompts) * request.samples
-        with _reply_file(request, role, self._identity(model, decoding)) as file:
-            jobs = [
-                Job(q.key, ids, sample, index)
-                for index, (q, ids) in enumerate(zip(questions.questions, prompts, strict=True))
-                for sample in range(request.samples)
-                if file.find(q.key, sample, ids) is None
-            ]
-            done = count - len(jobs)
-            if done:
-                self.notes.append(f"{done:,} of {count:,} replies were there already: {file.path}")
-
-            def receive(reply: Reply) -> None:
-                nonlocal done
-                question = questions.questions[reply.job.index]
-                written = Written(loaded.text(reply.ids), len(reply.ids), reply.finished)
-                file.add(
-                    question.key, reply.job.sample, reply.job.prompt, question.chat, question.domain, written
-                )
-                done += 1
-                self._tell(role, "replies", done, count)
-
-            self.rows = self._rows(loaded, max(len(p) + decoding.limit(len(p)) for p in prompts))
-            if jobs:
-                generate(loaded.model, jobs, decoding, rows=self.rows, receive=receive, stop=self.stop)
-            known = [[file.find(q.key, s, ids) for s in range(request.samples)] for q, ids in zip(questions.questions, prompts, strict=True)]  # fmt: skip
-        return self._outcomes(questions.questions, known)
-
-    def _outcomes(self, questions: tuple[Question, ...], known: list[list[Written | None]]) -> Outcomes:
-        replies = [[r for r in row if r is not None] for row in known]
-        reflective = metrics.reflection_pattern(self.request.reflection_words or metrics.REFLECTION_WORDS)
-        correct = None
-        if not self.request.length:
-            rules = [q.rule for q in questions]
-            correct = np.array([[rule is not None and rule.judges(r.text) for r in row] for rule, row in zip(rules, replies, strict=True)])  # fmt: skip
-        return Outcomes(
-            tuple(q.key for q in questions), tuple(q.domain for q in questions), correct,
-            np.array([[r.tokens for r in row] for row in replies]),
-            np.array([[r.finished for r in row] for row in replies]),
-            np.array([[reflective.search(r.text) is not None for r in row] for row in replies]),
-        )  # fmt: skip
-
-    def _identity(self, model: Described, decoding: Any) -> dict[str, Any]:
-        """Return what decides a reply; greedy ones do not depend on the seed."""
-        sampled = {"seed": decoding.seed} if decoding.temperature > 0 else {}
-        return {
-            "model": model.sha256, "dtype": self.dtype, "max_new_tokens": decoding.max_new_tokens, "template": self.request.template,
-            "temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": decoding.top_k, **sampled,
-        }  # fmt: skip
-
-    def _rows(self, loaded: Loaded, longest: int) -> int:
-        """Return how many replies may be in progress at once: what is asked, or what fits the memory."""
-        if self.request.batch_size != "auto":
-            return int(self.request.batch_size)
-        free = self._free_memory()
-        row = cache_bytes(loaded.model.config, 4 if self.dtype == "float32" else 2) * longest
-        return max(1, min(MOST_ROWS, int(free / max(row, 1) / 1.4)))
-
-    def _free_memory(self) -> float:
-        if self.device == "cpu":
-            return 0.5 * (self.request.memory_limit or memory_budget())
-        import torch
-
-        devices = (
-            range(torch.cuda.device_count())
-            if self.device == "cuda"
-            else [int(self.device.partition(":")[2])]
-        )
-        return 0.8 * sum(torch.cuda.mem_get_info(d)[0] for d in devices)
 
     def _perplexity(self, model: Described, role: str, data: dict[str, Any]) -> dict[str, Any]:
         from surgeon.evaluate import perplexity
@@ -395,9 +325,9 @@ class _Evaluation:
     def _document(self, measured: _Measured, questions: QuestionSet | None, began: float) -> dict[str, Any]:
         self._remark(measured)
         data = {**(questions.record if questions else {}), **measured.data}
-        if questions is None and measured.data:
-            first = next(iter(measured.data.values()))
-            data = {"name": first["name"], "sha256": first["sha256"], **data}
+        if questions is None:
+            first = next(iter(measured.data.values()), {"name": ", ".join(self.request.tasks)})
+            data = {**{k: first[k] for k in ("name", "sha256") if k in first}, **data}
         document = {
             "schema": SCHEMA, "command": "eval", "status": "ok", "model": measured.described.plain(),
             "settings": self._plain_settings(), "data": data, "metrics": measured.metrics,
@@ -459,14 +389,6 @@ class _Evaluation:
             measured.timing[name] = round(time.monotonic() - began, 3)
 
 
-def _typed(sampling: dict[str, float]) -> dict[str, Any]:
-    return {
-        "temperature": float(sampling["temperature"]),
-        "top_p": float(sampling["top_p"]),
-        "top_k": int(sampling["top_k"]),
-    }
-
-
 def _number(value: float | None) -> float:
     return math.nan if value is None else float(value)
 
@@ -479,32 +401,6 @@ def _value(found: dict[str, Any], groups: dict[str, Any], metric: str) -> float 
         if metric.startswith(f"{domain}_") and metric[len(domain) + 1 :] in own:
             return own[metric[len(domain) + 1 :]]["value"]
     return None
-
-
-def cache_bytes(config: Any, width: int) -> int:
-    """Return the bytes of keys and values per token."""
-    text = config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", 1)
-    dim = getattr(text, "head_dim", None) or text.hidden_size // getattr(text, "num_attention_heads", 1)
-    return 2 * text.num_hidden_layers * heads * dim * width
-
-
-@contextlib.contextmanager
-def _reply_file(request: EvalRequest, role: str, identity: dict[str, Any]) -> Iterator[ReplyFile]:
-    try:
-        file = ReplyFile(request.reply_file(role), identity, resume=request.resume)
-    except OSError as error:
-        raise EnvironmentFault(
-            "E502", f"cannot write {printable(str(request.reply_file(role)))}: {error.strerror}"
-        ) from error
-    try:
-        yield file
-    except OSError as error:
-        raise EnvironmentFault(
-            "E502", f"cannot write {printable(str(file.path))}: {error.strerror or error}"
-        ) from error
-    finally:
-        file.close()
 
 
 @contextlib.contextmanager

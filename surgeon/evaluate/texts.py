@@ -120,10 +120,24 @@ def _passages(record: Record, encoder: Encoder, length: int, counts: dict[str, i
             return []
         return [Passage(ids, start)]
     ids = encoder.exchange(parts.history, None)[0] if parts.history else encoder.text(parts.text)
-    windows = [ids[i : i + length] for i in range(0, len(ids), length)]
-    kept = [Passage(w, 1) for w in windows if len(w) > 1]
+    kept = [
+        Passage(window, 1)
+        for window in _windows(ids, length, encoder.tokenizer.bos_token_id)
+        if len(window) > 1
+    ]
     counts["dropped"] += not kept
     return kept
+
+
+def _windows(ids: np.ndarray, length: int, bos: int | None) -> list[np.ndarray]:
+    """Cut tokens into windows; where the tokenizer begins a text with BOS, every window begins with it.
+
+    Some families (Gemma) predict next to nothing without it.
+    """
+    if bos is None or not len(ids) or int(ids[0]) != bos or length < 3:
+        return [ids[i : i + length] for i in range(0, len(ids), length)]
+    rest = ids[1:]
+    return [np.concatenate([ids[:1], rest[i : i + length - 1]]) for i in range(0, len(rest), length - 1)]
 
 
 def _check_ids(passages: list[Passage], model: Described) -> None:

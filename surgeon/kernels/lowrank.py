@@ -50,10 +50,11 @@ FLOOR = 1e-8
 STEEP = 7.0
 """Logarithm of how far apart one step of the filter may pull them; beyond that the iteration gives up at once."""
 DEGREE = 12
+"""Products with G in one filter."""
 ROUNDS = 4
+"""Filters, at most, before LAPACK does it."""
 RANGE = 11.0
 """Logarithm of how far a filter may pull directions apart in float32: e^11 = 6e4 of 1.7e7."""
-
 SMALLEST_MATRIX = 8
 """A 3-D tensor with a shorter last or middle axis is the kernel of a convolution, not a stack of matrices."""
 

@@ -28,8 +28,8 @@ _SIZES = (
 )  # fmt: skip
 _DEPTHS = {"num_hidden_layers", "n_layer"}
 _NEVER_MATTERS = {
-    "_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "architectures", "bos_token_id",
-    "eos_token_id", "pad_token_id", "vocab_size", "tie_word_embeddings", "max_position_embeddings", "surgeon",
+    "_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "vocab_size",
+    "tie_word_embeddings", "max_position_embeddings", "surgeon", "text_config", "vision_config",
 }  # fmt: skip
 
 
@@ -70,6 +70,11 @@ def check_inputs(checkpoints: Mapping[str, Checkpoint], findings: Findings, *, a
             for finding in kinds.get("notice", []):
                 if finding.message not in findings.notes:
                     findings.notes.append(finding.message)
+        if tied_copies_differ(checkpoint):
+            findings.errors.append(
+                InputError("E346", f"{checkpoint.label} ties its embeddings but stores two different copies",
+                           help="set tie_word_embeddings to false in its config.json if the output head is meant")
+            )  # fmt: skip
         if arithmetic:
             problem = quantized(checkpoint)
             if problem:
@@ -116,8 +121,17 @@ def compare_configs(
         conflicts = []
         mine, his = _positions(ours), _positions(theirs)
         for name in sorted({*mine, *his}):
-            if mine.get(name) != his.get(name):
-                conflicts.append(f"{name} {short(mine.get(name))} / {short(his.get(name))}")
+            if mine.get(name) == his.get(name):
+                continue
+            text = f"{name} {short(mine.get(name))} / {short(his.get(name))}"
+            if name == "rope_scaling" and refuse:
+                # Context extension, often switched on without training: it comes with the context length.
+                findings.warnings.append(f"{reference.label} and {other.label} scale positions differently: {text}")
+            else:
+                conflicts.append(text)
+        kinds = ours.get("layer_types"), theirs.get("layer_types")
+        if None not in kinds and kinds[0] != kinds[1] and not sliced:
+            conflicts.append("layer_types (which layers see the whole context)")
         if conflicts:
             text = f"{reference.label} and {other.label} disagree about positions: {'; '.join(conflicts)}"
             if refuse:
@@ -138,8 +152,7 @@ def compare_configs(
         rest = [
             f"{k} {short(ours.get(k))} / {short(theirs.get(k))}"
             for k in sorted({*ours, *theirs} - _NEVER_MATTERS - (_DEPTHS if sliced else set()))
-            if ours.get(k) != theirs.get(k) and not k.startswith(_MUST_AGREE)
-            and not isinstance(ours.get(k, theirs.get(k)), (dict, list))
+            if ours.get(k) != theirs.get(k) and not k.startswith((*_MUST_AGREE, "layer_types"))
         ]  # fmt: skip
         if rest:
             findings.notes.append(
@@ -213,10 +226,13 @@ def tied_copies_differ(checkpoint: Checkpoint) -> bool:
     left, right = checkpoint.tensors[head], checkpoint.tensors[embedding]
     if left.shape != right.shape or left.dtype != right.dtype:
         return True
+    computed = getattr(checkpoint, "computed", None)
+    by_value = computed is not None and (computed(head) or computed(embedding))
+    read, size = (checkpoint.read, left.elements) if by_value else (checkpoint.read_bytes, left.nbytes)
     step = 8 << 20
-    for start in range(0, left.nbytes, step):
-        stop = min(start + step, left.nbytes)
-        if (checkpoint.read_bytes(head, start, stop) != checkpoint.read_bytes(embedding, start, stop)).any():
+    for start in range(0, size, step):
+        stop = min(start + step, size)
+        if (read(head, start, stop) != read(embedding, start, stop)).any():
             return True
     return False
 

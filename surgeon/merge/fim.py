@@ -11,6 +11,7 @@ of its task vector; the diagonal Fisher information of the base stands for the c
 with N = 8 sequences of 64 tokens drawn uniformly from the vocabulary and L_n the language-model loss on the
 tokens themselves. What the sources leave open, and what is done here:
 
+* Where alpha_l acts. It is the paper's whole coefficient of a layer: use it with lambda 1.
 * Direction. The paper argues that layers of high curvature be merged carefully, so a high score gives a small
   factor (``sensitive="less"``). ``"more"`` turns it round. ``sharpness`` is 1.
 * Parts outside the layers (embedding, final norm, head) have scores of their own, placed on the layers' scale:
@@ -37,7 +38,7 @@ import numpy as np
 from surgeon.architectures import get
 from surgeon.checkpoint.dtypes import DTYPES
 from surgeon.checkpoint.header import printable
-from surgeon.errors import InputError, UsageError, Where, close_matches
+from surgeon.errors import InputError, Interrupted, UsageError, Where, close_matches
 from surgeon.kernels.cast import widen
 from surgeon.merge.layer_groups import (
     Group,
@@ -47,6 +48,7 @@ from surgeon.merge.layer_groups import (
     group_of,
     in_order,
     layer_scores,
+    row_blocks,
 )
 from surgeon.scalars import show
 from surgeon.seeds import stream_key, uniform
@@ -61,9 +63,12 @@ if TYPE_CHECKING:
 SEQUENCES, LENGTH = 8, 64
 GATE = 0.7
 NORM_TOLERANCE = 0.05
+"""The paper's values."""
+
 SENSITIVE = ("less", "more")
+
 BLOCK = 1 << 20
-"""Elements read at once; the values of the paper above (sections 4.2 and 4.3)."""
+"""Elements of a task vector read at once."""
 
 _OFFSET_NORMS = {"gemma": 1.0, "gemma2": 1.0, "gemma3_text": 1.0}
 """Families whose norms multiply by 1 + weight."""
@@ -191,8 +196,9 @@ class FisherReceiver:
         import torch
 
         group = group_of(tensor)
-        value = gradient.float().square().sum(dtype=torch.float64).item()
-        self.sums[group] = self.sums.get(group, 0.0) + value
+        for (g,) in row_blocks(gradient):
+            value = g.float().square().sum(dtype=torch.float64).item()
+            self.sums[group] = self.sums.get(group, 0.0) + value
         self.tensors.add(tensor)
 
 
@@ -230,7 +236,7 @@ def differences(base: Checkpoint, model: Checkpoint, stop: threading.Event | Non
         square = lengths = cross = 0.0
         for old, new in _blocks(base, stored, model, name):
             if stop is not None and stop.is_set():
-                break
+                raise Interrupted("E130", "interrupted while the models were compared")
             delta = new - old
             square += float(np.dot(delta, delta))
             if is_norm:

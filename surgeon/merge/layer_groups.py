@@ -7,7 +7,7 @@ embedding: it has no score of its own and takes the embedding's.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,9 @@ from surgeon.architectures import get
 from surgeon.architectures.naming import layer_of
 from surgeon.checkpoint.checkpoint import Checkpoint
 from surgeon.merge.layer_scores import LayerScores
+
+BLOCK = 1 << 22
+"""Elements of a weight and its gradient that are looked at together."""
 
 Group = int | str
 """A layer number, or the module name of a part outside the layers such as "model.embed_tokens"."""
@@ -57,6 +60,17 @@ def buffers(checkpoint: Checkpoint) -> frozenset[str]:
         return frozenset()
     expected = record.layout(config, list(checkpoint.tensors)).tensors
     return frozenset(n for n in checkpoint.tensors if n in expected and expected[n].kind == "buffer")
+
+
+def row_blocks(*tensors: Any) -> Iterator[tuple[Any, ...]]:
+    """Yield tensors of one shape in blocks of rows, so that what is computed on them stays small."""
+    first = tensors[0]
+    if first.ndim == 0 or first.numel() <= BLOCK:
+        yield tensors
+        return
+    step = max(1, BLOCK * len(first) // first.numel())
+    for start in range(0, len(first), step):
+        yield tuple(tensor[start : start + step] for tensor in tensors)
 
 
 def in_order(groups: Iterable[Group]) -> list[Group]:

@@ -43,6 +43,10 @@ def lint(
             findings.errors.append(UsageError("E219", text, help=fix))
         else:
             warnings.append(text)
+    if bound and all(getattr(op, "is_plain_average", False) for _, op in bound):
+        warnings.append(
+            "the low-rank parts cancel: the result is the plain average; unequal --weight keeps one model's part"
+        )
     drops = method.name in {"ties", "breadcrumbs", "breadcrumbs_ties", "dare_ties", "dare_linear"}
     if not native and drops and vectors and all(d >= 1 for op in vectors for d in op.densities):
         warnings.append(f"density is 1 everywhere: {method.name} drops nothing (mergekit's default)")

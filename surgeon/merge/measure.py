@@ -87,7 +87,7 @@ def measure(
         seed: of the choice of calibration text, and of FIM's random tokens.
 
     Raises:
-        EnvironmentFault: E514 torch or transformers is missing.
+        EnvironmentFault: E512 torch or transformers is missing.
         SurgeonError: whatever the data or the models give cause for.
     """
     settings_type = _settings_type()
@@ -118,7 +118,7 @@ def _settings_type() -> type[Settings]:
     try:
         from surgeon.calibrate.settings import Settings
     except ImportError as error:
-        raise EnvironmentFault("E514", f"running models needs {error.name or 'torch and transformers'}, which is not installed",
+        raise EnvironmentFault("E512", f"running models needs {error.name or 'torch and transformers'}, which is not installed",
                                help='pip install "model-surgeon[run]"') from error  # fmt: skip
     return Settings
 
@@ -147,7 +147,7 @@ def _text(run: _Run, model: Checkpoint, key: str, answer: str | None) -> Calibra
             raise UsageError("E233", f"no calibration text is for {printable(key)}",
                              help=f"--calibration {key}=FILE, or --calibration FILE for all models")  # fmt: skip
     if model.folder is None:
-        raise InputError("E356", f"{model.label} has no tokenizer to read calibration text with",
+        raise InputError("E359", f"{model.label} has no tokenizer to read calibration text with",
                          help="give a model folder instead of a bare file")  # fmt: skip
     chosen = answer or ("short" if given and _has_both(given, run.offline) else "response")
     return data.load(
@@ -157,10 +157,11 @@ def _text(run: _Run, model: Checkpoint, key: str, answer: str | None) -> Calibra
 
 
 def _has_both(sources: list[tuple[str | None, str]], offline: bool) -> bool:
+    from surgeon.calibrate.fields import has_answer
     from surgeon.data.records import read_records
 
     firsts = [read_records(source, offline=offline).records[0].values for _, source in sources]
-    return all({"short", "long"} <= set(values) for values in firsts)
+    return all(has_answer(values, "short") and has_answer(values, "long") for values in firsts)
 
 
 def _announce(text: CalibrationSet) -> list[str]:

@@ -125,12 +125,6 @@ def draft(
         align.compare_configs(
             keys[structure], inputs, findings, refuse=options.refuse_positions, sliced=sliced
         )
-    for ref in spec.models():
-        if align.tied_copies_differ(opened[ref]):
-            findings.errors.append(
-                InputError("E346", f"{opened[ref].label} ties its embeddings but stores two different copies",
-                           help="set tie_word_embeddings to false in its config.json if the output head is meant")
-            )  # fmt: skip
     # Sizes and positions first: aligning tensors of different architectures would only add noise.
     raise_all(findings.errors)
     _check_layers(options.layers, opened[structure])
@@ -150,6 +144,13 @@ def draft(
         {ref: [o.names[ref] for o in origins.values() if ref in o.names] for ref in spec.models()},
     ):
         findings.warnings.append(f"{text} ({where})" if where else text)
+    for ref in spec.models():
+        dropped = getattr(opened[ref], "dropped", ())
+        if dropped:
+            findings.warnings.append(
+                f"{opened[ref].label}: {len(dropped)} small matrices keep nothing of their task vector at this rank, "
+                f"{printable(dropped[0])} for one"
+            )
     findings.warnings.extend(lint(spec, method, options.points, builder.bound, findings))
     raise_all(findings.errors)
     out_code = CODES.get(spec.out_dtype or spec.dtype or "")

@@ -29,10 +29,12 @@ from surgeon.merge import align
 from surgeon.merge.aligned_rows import VocabularyPlan
 from surgeon.merge.aligned_view import align_models
 from surgeon.merge.chat_templates import choose_template, template_files
+from surgeon.merge.context import context_edits
 from surgeon.merge.layer_scores import LayerScores, read_layer_scores
 from surgeon.merge.measured import Measured
 from surgeon.merge.methods import catalogue
 from surgeon.merge.planner import Draft, Findings, Options, assemble, draft
+from surgeon.merge.roles import read_role, suspicious_roles
 from surgeon.merge.spec import MergeSpec, ModelRef, TokenizerSpec
 from surgeon.merge.token_ids import apply_config_edits
 from surgeon.merge.tokenizer_files import dump_json
@@ -157,7 +159,7 @@ def prepare(
         findings.notes.extend(
             f"{model.checkpoint.label}: {n}" for n in getattr(model.checkpoint, "notes", ())
         )
-    findings.warnings.extend(swapped_base(spec, models))
+    findings.warnings.extend(swapped_base(spec, models) or _suspicious(spec, models))
     structure = options.structure or (pair[0] if pair else None) or spec.base_model or refs[0]
     if spec.text_from is not None:
         if spec.text_from not in models:
@@ -276,6 +278,15 @@ def _product(scores: list[LayerScores]):
         return found
 
     return factor
+
+
+def _suspicious(spec: MergeSpec, models: Mapping[ModelRef, OpenModel]) -> list[str]:
+    """Warn when the base of a task-vector merge looks like the long model (dler's base is, by definition)."""
+    method = catalogue(spec.method)
+    if spec.base_model is None or method.base != "required" or "lambda" not in method.table:
+        return []
+    others = [read_role(m.checkpoint) for ref, m in models.items() if ref != spec.base_model]
+    return suspicious_roles(read_role(models[spec.base_model].checkpoint), others)
 
 
 def swapped_base(spec: MergeSpec, models: Mapping[ModelRef, OpenModel]) -> list[str]:
@@ -445,12 +456,9 @@ class _Folder:
         if self.vocabulary is not None:
             config = apply_config_edits(config, self.vocabulary.config_edits)
         if context_donor is not None and context_donor.config is not None:
-            ours, theirs = align.text_section(config), align.text_section(context_donor.config)
-            for key in ("max_position_embeddings", "n_positions", "model_max_length"):
-                if key in theirs and ours.get(key) != theirs[key]:
-                    path = next((k for k in config if config[k] is ours), None)
-                    config = apply_config_edits(config, {f"{path}.{key}" if path else key: theirs[key]})
-                    self.notes.append(f"{key} {theirs[key]} from {context_donor.label}")
+            edits = context_edits(config, context_donor.config)
+            config = apply_config_edits(config, edits)
+            self.notes += [f"{k} {align.short(v)} from {context_donor.label}" for k, v in edits.items()]
         codes = {
             o.dtype for item in self.draft.items for task in item.tasks for o in task.outputs
             if DTYPES[o.dtype].family == "float" and len(o.shape) > 1
@@ -523,6 +531,8 @@ class _Folder:
             if rows:
                 check_token_ids(content, rows, file=GENERATION_FILE)
             files[GENERATION_FILE] = raw
+            if ref != self.generation_ref:
+                self.notes.append(f"{GENERATION_FILE} from {self.models[ref].checkpoint.label}; {self.text_label} has none")
             return
 
     def _template(self, files: dict[str, bytes]) -> None:

@@ -1,7 +1,7 @@
 """Sens-Merging: factors per layer and model from parameter sensitivity and from transfer between models.
 
 Liu et al., "Sens-Merging: Sensitivity-Guided Parameter Balancing for Merging Large Language Models",
-arXiv 2502.12420, section 3. With K experts i and layers l:
+arXiv 2502.12420. With K experts i and layers l:
 
     s_i^l     = mean over i's samples of  sum over the layer's parameters of |theta * dL/dtheta|
     alpha_i^l = s_i^l / ||s_i||_2                          (over the layers of model i)
@@ -32,7 +32,15 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from surgeon.errors import InputError, UsageError, close_matches
-from surgeon.merge.layer_groups import Group, MeasuredScores, aliases, group_of, in_order, layer_scores
+from surgeon.merge.layer_groups import (
+    Group,
+    MeasuredScores,
+    aliases,
+    group_of,
+    in_order,
+    layer_scores,
+    row_blocks,
+)
 from surgeon.scalars import show
 
 if TYPE_CHECKING:
@@ -132,8 +140,9 @@ class SensitivityReceiver:
         import torch
 
         group = group_of(tensor)
-        value = (weight.float() * gradient.float()).abs().sum(dtype=torch.float64).item()
-        self.sums[group] = self.sums.get(group, 0.0) + value
+        for w, g in row_blocks(weight, gradient):
+            value = (w.float() * g.float()).abs_().sum(dtype=torch.float64).item()
+            self.sums[group] = self.sums.get(group, 0.0) + value
 
 
 def measure(

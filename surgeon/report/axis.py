@@ -53,7 +53,7 @@ class Axis:
     log: bool = False
 
     def place(self, value: float) -> float:
-        """Return the pixel of a value; on a logarithmic axis 0 lies at its beginning."""
+        """Return the pixel of a value; 0 has no logarithm and lies at the beginning of such an axis."""
         if self.log and value < self.low:
             return self.start
         if self.log:
@@ -75,7 +75,7 @@ def tokens_axis(values: list[float], start: float, end: float, log: bool = False
     """Return an axis for answer lengths: from 0 unless the lengths lie close together."""
     low, high = min(values), max(values)
     if log:
-        positive = min((v for v in values if v > 0), default=1.0)
+        positive = max(1e-3, min((v for v in values if v > 0), default=1.0))
         high = max(high, positive)
         spread = max(high / positive, 1.5) ** 0.08
         return Axis(positive / spread, high * spread, start, end, log=True)

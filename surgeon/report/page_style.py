@@ -67,7 +67,7 @@ td b,ul.plain b{font-weight:600}
 .setup{display:grid;grid-template-columns:repeat(auto-fill,minmax(280px,1fr));gap:0 40px;font-size:14px}
 .setup div{display:flex;gap:16px;justify-content:space-between;border-bottom:1px solid var(--grid);padding:5px 0;min-width:0}
 .setup .long{grid-column:1/-1;justify-content:flex-start}
-.setup dt,.terms dt{color:var(--muted);flex:none;max-width:45%;overflow-wrap:anywhere}
+.setup dt,.terms dt{color:var(--muted);flex:none;max-width:65%;overflow-wrap:anywhere}
 .setup dd{text-align:right;overflow-wrap:anywhere;min-width:0}
 .setup .long dt{width:11em}
 .setup .long dd{text-align:left}

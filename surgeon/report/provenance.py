@@ -12,10 +12,10 @@ class Provenance:
     """What a manifest says, as short texts.
 
     Attributes:
-        method: as it is typed: dare-ties.
+        method: as it is typed, and what was put on top of it: dare-ties, ties + acm.
         inputs: (name, role or parameters, digests of its files).
         parameters: (name, value) of the method and of what was put on top of it.
-        calibration: (name, value) of the text that was measured on; empty when none was.
+        calibration: (name, value) of the texts that were measured on; empty when none was.
     """
 
     method: str
@@ -27,6 +27,8 @@ class Provenance:
     warnings: tuple[str, ...]
 
 
+_ADJUSTMENTS = ("aim", "acm", "sens", "fim", "delta_rank", "layer_scores")
+_CALIBRATION = ("name", "samples", "tokens", "sequence_length", "answer", "seed", "sha256")
 _QUIET = {"int8_mask", "rescale"}
 """Parameters that only speak when they are on."""
 
@@ -36,21 +38,23 @@ def read(manifest: Mapping[str, Any]) -> Provenance:
     recipe = _mapping(manifest.get("recipe"))
     program = _mapping(manifest.get("program"))
     method = str(recipe.get("method") or manifest.get("verb") or "").replace("_", "-")
-    parameters = {**_mapping(recipe.get("parameters")), **_changed(_mapping(recipe.get("adjust")))}
+    adjust = _mapping(recipe.get("adjust"))
+    method = " + ".join(
+        [method, *(a.replace("_", "-") for a in _ADJUSTMENTS if _changed({a: adjust.get(a)}))]
+    )
+    parameters = {**_mapping(recipe.get("parameters")), **_changed(adjust)}
     for key in ("precision", "out_dtype", "layers", "sweep"):
         if recipe.get(key):
             parameters[key] = recipe[key]
     parameters = {k: v for k, v in parameters.items() if not (k in _QUIET and not v)}
     if manifest.get("seed") is not None:
         parameters["seed"] = manifest["seed"]
-    measured = _mapping(manifest.get("measured"))
-    calibration = _mapping(manifest.get("calibration")) or _mapping(measured.get("calibration"))
     warnings = manifest.get("warnings")
     return Provenance(
         method=method,
         inputs=tuple(_inputs(recipe, _mapping(manifest.get("inputs")))),
         parameters=tuple((k, value(v)) for k, v in parameters.items() if v is not None),
-        calibration=tuple((k, value(v)) for k, v in calibration.items() if v is not None),
+        calibration=tuple(_calibration(recipe)),
         plan=str(manifest.get("plan") or ""),
         program=f"{program.get('name', '')} {program.get('version', '')}".strip(),
         warnings=tuple(map(str, warnings)) if isinstance(warnings, list) else (),
@@ -82,6 +86,25 @@ def _inputs(recipe: Mapping[str, Any], inputs: Mapping[str, Any]) -> list[tuple[
         digests = [str(_mapping(f).get("sha256") or "")[:12] for _, f in sorted(files.items())]
         found.append((name, ", ".join(said), " ".join(d for d in digests if d)))
     return found
+
+
+def _calibration(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return what identifies each text that an adjustment was measured on, equal ones once."""
+    found: list[tuple[str, str]] = []
+    for entry in _mapping(recipe.get("measured")).values():
+        record = _mapping(_mapping(entry).get("calibration"))
+        # one text, or one for each model or domain
+        for text in [record] if "sha256" in record else map(_mapping, record.values()):
+            said = [
+                (k.replace("_", " "), _short(k, text[k])) for k in _CALIBRATION if text.get(k) is not None
+            ]
+            if not set(said) <= set(found):
+                found += said
+    return found
+
+
+def _short(key: str, entry: Any) -> str:
+    return str(entry)[:12] if key == "sha256" else value(entry)
 
 
 def _changed(adjust: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,10 @@ SHAPES = ("circle", "square", "triangle", "diamond", "wedge", "cross")
 """Markers; as many as there are colours, s0 to s5."""
 
 
+CROWDED = 24
+"""From so many models on, labels are short names without figures: the front has to be named."""
+
+
 def look(series: int) -> tuple[str, str]:
     """Return colour and shape of a series: both differ among the first six, their pair among 36."""
     count = len(SHAPES)
@@ -266,7 +270,7 @@ def _front_line(points: list[Point], x: Axis, y: Axis) -> tuple[list, list[Box]]
 
 def _bars(dot: Dot, x: Axis, y: Axis) -> tuple[list, list[Box]]:
     p, role = dot.point, look(dot.series)[0]
-    cx, cy = x.place(p.tokens) if p.tokens > 0 or not x.log else x.start, y.place(p.accuracy)
+    cx, cy = x.place(p.tokens), y.place(p.accuracy)
     items: list = []
     boxes: list[Box] = []
     if p.accuracy_low is not None and p.accuracy_high is not None:
@@ -274,7 +278,7 @@ def _bars(dot: Dot, x: Axis, y: Axis) -> tuple[list, list[Box]]:
         items.append(Line(((cx, low), (cx, high)), role, 1.25, opacity=0.55))
         items += [Line(((cx - 3, v), (cx + 3, v)), role, 1.25, opacity=0.55) for v in (low, high)]
         boxes.append(Box(cx - 2, high, 4, low - high))
-    if p.tokens_low is not None and p.tokens_high is not None and (p.tokens_low > 0 or not x.log):
+    if p.tokens_low is not None and p.tokens_high is not None:
         low, high = x.place(p.tokens_low), x.place(p.tokens_high)
         items.append(Line(((low, cy), (high, cy)), role, 1.25, opacity=0.55))
         items += [Line(((v, cy - 3), (v, cy + 3)), role, 1.25, opacity=0.55) for v in (low, high)]
@@ -284,7 +288,7 @@ def _bars(dot: Dot, x: Axis, y: Axis) -> tuple[list, list[Box]]:
 
 def _marker(dot: Dot, on_front: bool, x: Axis, y: Axis) -> Marker:
     role, shape = look(dot.series)
-    px = x.place(dot.point.tokens) if dot.point.tokens > 0 or not x.log else x.start
+    px = x.place(dot.point.tokens)
     return Marker(px, y.place(dot.point.accuracy), 6.5 if on_front else 5.5, shape, role,
                   ring=dot.baseline, filled=on_front, detail=dot.detail or f"{dot.name}: {dot.figures}")  # fmt: skip
 
@@ -301,15 +305,13 @@ def _labels(
 ) -> tuple[list, tuple[Box | None, ...]]:
     """Name the front first, then baselines, then the rest as far as there is room."""
     order = sorted(range(len(dots)), key=lambda i: (i not in best, not dots[i].baseline, i))[: style.named]
-    places = [
-        (x.place(d.point.tokens) if d.point.tokens > 0 or not x.log else x.start, y.place(d.point.accuracy))
-        for d in dots
-    ]
+    places = [(x.place(d.point.tokens), y.place(d.point.accuracy)) for d in dots]
     markers = [Box(px - 8, py - 8, 16, 16) for px, py in places]
+    crowded = len(dots) > CROWDED
     wanted, texts = [], []
     for i in order:
-        name = labels.shortened(dots[i].name, style.name_length)
-        second = dots[i].figures if style.figures and i in best else ""
+        name = labels.shortened(dots[i].name, min(18, style.name_length) if crowded else style.name_length)
+        second = dots[i].figures if style.figures and i in best and not crowded else ""
         size = style.font if i in best else style.font - 1
         width = max(text_width(name, size) * (1.06 if i in best else 1), text_width(second, style.font - 1.5))
         wanted.append(Wanted(*places[i], width + 2, size * 1.25 + (style.font * 1.15 if second else 0)))

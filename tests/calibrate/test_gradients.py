@@ -209,6 +209,25 @@ def test_every_gradient_equals_the_plain_models(scratch, family, extra):
     assert errors[worst] < 1e-5, (worst, errors[worst])
 
 
+def test_gradients_of_a_trained_model_on_its_own_template(scratch):
+    from surgeon.calibrate import data
+
+    folder = Path(__file__).resolve().parents[1] / "models" / "long"
+    lines = [
+        {"messages": [{"role": "user", "content": f"Add {a}+{b}+5."}, {"role": "assistant", "content": f"answer:{a + b + 5}"}]}
+        for a, b in ((347, 258), (12, 990))
+    ]  # fmt: skip
+    (scratch / "text.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    samples = data.load(str(scratch / "text.jsonl"), folder, samples=2).samples
+    assert all(sample.answer_start > 3 for sample in samples)
+    transformers.utils.logging.disable_progress_bar()
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    losses, keeper = keep(folder, samples)
+    errors = errors_against_plain(model, "qwen2", samples, keeper, losses, scratch)
+    assert len(errors) == 2 * len(load_file(folder.parent / "short" / "model.safetensors"))
+    assert max(errors.values()) < 1e-5
+
+
 def keep(folder, samples, settings=CPU, **extra):
     checkpoint = open_path(folder)
     keeper = Keeper(checkpoint)

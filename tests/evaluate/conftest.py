@@ -13,7 +13,7 @@ TESTS = Path(__file__).resolve().parents[1]
 MODELS = TESTS / "models"
 sys.path[:0] = [str(MODELS), str(TESTS / "cli"), str(TESTS / "architectures")]
 
-import task
+import task  # noqa: E402
 
 
 def asked(count: int, seed: int = 0) -> list[task.Question]:

@@ -129,6 +129,7 @@ def test_domains():
     found = metrics.by_domain(outcomes([[True], [False], [True]], domains=["a", "b", "a"]))
     assert found["a"]["accuracy"]["value"] == 1.0 and found["b"]["accuracy"]["n"] == 1
     assert metrics.by_domain(outcomes([[True], [False]])) == {}
+    assert list(metrics.by_domain(outcomes([[True], [False]], domains=["only", "only"]))) == ["only"]
 
 
 def test_reflection_words_are_whole_words():

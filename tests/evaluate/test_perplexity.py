@@ -15,7 +15,7 @@ from surgeon.calibrate import head as heads
 from surgeon.calibrate.settings import Settings
 from surgeon.calibrate.tokens import load_encoder
 from surgeon.errors import InputError
-from surgeon.evaluate import divergence, perplexity
+from surgeon.evaluate import divergence, perplexity, texts
 from surgeon.evaluate.model import describe, find, open_stored
 from surgeon.evaluate.texts import load_texts
 
@@ -55,9 +55,11 @@ def log_shares(name, passages):
 
 
 def test_losses_equal_the_whole_model(working):
-    texts = texts_of(working)
-    found = perplexity.token_losses(open_stored(described("base")), texts.passages, Settings())
-    for mine, shares, passage in zip(found, log_shares("base", texts.passages), texts.passages, strict=True):
+    found_texts = texts_of(working)
+    found = perplexity.token_losses(open_stored(described("base")), found_texts.passages, Settings())
+    for mine, shares, passage in zip(
+        found, log_shares("base", found_texts.passages), found_texts.passages, strict=True
+    ):
         targets = torch.from_numpy(passage.ids[passage.first :])
         expected = -shares.gather(-1, targets[:, None])[:, 0].numpy()
         assert mine.shape == expected.shape
@@ -75,22 +77,30 @@ def test_perplexity_is_over_tokens_with_an_interval_over_passages():
 
 
 def test_only_the_answer_counts_where_there_is_one(working):
-    texts = texts_of(working, sequence_length=512)
+    found_texts = texts_of(working, sequence_length=512)
     encoder = load_encoder(MODELS / "base").tokenizer
     first = json.loads(working.read_text().splitlines()[0])
-    passage = texts.passages[0]
+    passage = found_texts.passages[0]
     assert encoder.decode(passage.ids[passage.first :], skip_special_tokens=True) == first["response"]
     assert first["prompt"] in encoder.decode(passage.ids[: passage.first])
 
 
 def test_long_text_is_cut_into_windows_and_nothing_is_lost(working):
-    texts = texts_of(working)
+    found_texts = texts_of(working)
     ids = load_encoder(MODELS / "base").text(json.loads(working.read_text().splitlines()[6])["text"])
-    windows = [p for p in texts.passages if p.first == 1][:-1]
+    windows = [p for p in found_texts.passages if p.first == 1][:-1]
     assert np.concatenate([w.ids for w in windows]).tolist() == ids.tolist()
-    assert all(len(w.ids) <= 64 for w in texts.passages)
-    assert texts.record["tokens"] == sum(p.counted for p in texts.passages)
-    assert texts_of(working, limit=3).limited and not texts.limited
+    assert all(len(w.ids) <= 64 for w in found_texts.passages)
+    assert found_texts.record["tokens"] == sum(p.counted for p in found_texts.passages)
+    assert texts_of(working, limit=3).limited and not found_texts.limited
+
+
+def test_every_window_begins_with_bos_where_the_text_does():
+    ids = np.array([1, *range(10, 20)])
+    windows = texts._windows(ids, 4, 1)
+    assert all(w[0] == 1 and len(w) <= 4 for w in windows)
+    assert np.concatenate([w[1:] for w in windows]).tolist() == list(range(10, 20))
+    assert np.concatenate(texts._windows(ids[1:], 4, 1)).tolist() == list(range(10, 20))
 
 
 def test_nothing_to_predict_is_an_error(tmp_path):
@@ -102,10 +112,10 @@ def test_nothing_to_predict_is_an_error(tmp_path):
 
 
 def test_divergence_equals_brute_force(working, monkeypatch):
-    texts = texts_of(working)
+    found_texts = texts_of(working)
     pair = [open_stored(described(n)) for n in ("short", "long")]
-    whole = divergence.divergence(*pair, texts.passages, Settings())
-    ours, theirs = (log_shares(n, texts.passages) for n in ("short", "long"))
+    whole = divergence.divergence(*pair, found_texts.passages, Settings())
+    ours, theirs = (log_shares(n, found_texts.passages) for n in ("short", "long"))
     for i, (q, p) in enumerate(zip(ours, theirs, strict=True)):
         expected = (p.exp() * (p - q)).sum(-1).numpy()
         np.testing.assert_allclose(whole.kl[i], expected, rtol=2e-3, atol=1e-5)
@@ -115,7 +125,7 @@ def test_divergence_equals_brute_force(working, monkeypatch):
     monkeypatch.setattr(heads, "BLOCK_BYTES", 4096)  # a few rows of the head at a time
     monkeypatch.setattr(divergence, "TOKENS", 7)
     monkeypatch.setattr(perplexity, "GROUP_TOKENS", 50)
-    pieces = divergence.divergence(*pair, texts.passages, Settings())
+    pieces = divergence.divergence(*pair, found_texts.passages, Settings())
     np.testing.assert_allclose(np.concatenate(pieces.kl), np.concatenate(whole.kl), rtol=1e-4, atol=1e-5)
     assert (np.concatenate(pieces.agreement) == np.concatenate(whole.agreement)).all()
 

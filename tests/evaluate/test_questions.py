@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from fractions import Fraction
 
 import pytest
 import task
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from surgeon.errors import InputError, UsageError
 from surgeon.evaluate import matching
@@ -25,6 +28,8 @@ NUMBERS = [
     ("−7", ["-7"]), ("x=3/4", ["3/4"]), (r"\frac{3}{4}", ["3/4"]), (r"-\dfrac12", ["-1/2"]), ("1 1/2", ["3/2"]),
     ("2.5e-3", ["1/400"]), ("3 × 10^5", ["300000"]), (r"3\times10^{-2}", ["3/100"]), ("$1,200", ["1200"]), ("about .5 m", ["1/2"]),
     ("42.", ["42"]), ("- 42 apples", ["42"]), ("1{,}000", ["1000"]), ("5 km/h", ["5"]), ("1/0", []), ("9" * 500, []),
+    ("7\n1/2", ["7", "1/2"]),
+    ("3\n-4", ["3", "-4"]),
     ("10-20", ["10", "20"]), ("(-3)", ["-3"]), ("**17**", ["17"]), ("no number", []), ("7:30", ["7", "30"]),
 ]  # fmt: skip
 
@@ -32,6 +37,32 @@ NUMBERS = [
 @pytest.mark.parametrize(("text", "expected"), NUMBERS)
 def test_numbers_are_read_as_people_write_them(text, expected):
     assert [v for v, _ in matching.numbers(text)] == [Fraction(e) for e in expected]
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.text(alphabet="0123456789.,-+/()%eE \\\\{}^*$×−frac\nboxed#:think<>", max_size=60))
+def test_no_text_makes_judging_fail(text):
+    for value, _ in matching.numbers(text):
+        assert isinstance(value, Fraction)
+    assert matching.numeric(text, [(Fraction(1), False)]) in (True, False)
+    assert matching.exact(text, [text or "x"]) in (True, False)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "1" * 99_999,
+        "1," * 50_000,
+        "(1" * 50_000,
+        "\\boxed{" * 20_000,
+        "1 * 10 ^ " * 20_000,
+        "1" + " " * 99_999,
+    ],
+)
+def test_long_texts_are_judged_in_bounded_time(text):
+    began = time.process_time()
+    matching.numeric(text, [(Fraction(1), False)])
+    assert time.process_time() - began < 5
 
 
 NUMERIC = [
@@ -180,3 +211,17 @@ def test_match_rules_that_do_not_exist(tmp_path, match):
     with pytest.raises(UsageError) as caught:
         read_questions([write(tmp_path, {"question": "a", "answer": 1})], match=match)
     assert caught.value.code == "E228"
+
+
+def test_a_prompt_that_opens_the_reasoning_is_known_by_its_last_tokens():
+    from conftest import MODELS
+    from transformers import AutoTokenizer
+
+    from surgeon.calibrate.tokens import Encoder
+    from surgeon.evaluate.model import Loaded
+
+    tokenizer = AutoTokenizer.from_pretrained(MODELS / "short")
+    loaded = Loaded(None, Encoder(tokenizer, False), (), 0)
+    opened = tokenizer("<|user|>Add 1+2.<|end|><|assistant|><think>\n")["input_ids"]
+    assert loaded.opens_thinking(opened)
+    assert not loaded.opens_thinking(tokenizer("<think>x</think> and more of it")["input_ids"])

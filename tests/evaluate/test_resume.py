@@ -17,7 +17,7 @@ from conftest import MODELS
 from surgeon.calibrate import data
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-OPTIONS = ["--max-new-tokens", "300", "--threads", "1", "--batch-size", "4", "--samples", "2", "--quiet"]
+OPTIONS = ["--max-new-tokens", "200", "--threads", "1", "--batch-size", "2", "--samples", "2", "--quiet"]
 TIMES = ("seconds", "timing", "notes")
 
 
@@ -41,9 +41,9 @@ def wait_for_lines(path, count):
     raise AssertionError("no replies were written")
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_run_that_was_ended_continues_to_the_same_result(surgeon, question_file, tmp_path, how):
-    file, result = question_file(24), tmp_path / "r.json"
+    file, result = question_file(9), tmp_path / "r.json"
     arguments = [MODELS / "long", "--questions", file, *OPTIONS]
     process = start([*arguments, "-o", result])
     work = tmp_path / "r.replies.jsonl"
@@ -52,11 +52,11 @@ def test_a_run_that_was_ended_continues_to_the_same_result(surgeon, question_fil
     process.communicate(timeout=60)
     assert process.returncode == (143 if how == signal.SIGTERM else -9) and not result.exists()
     kept = work.read_bytes().count(b"\n")
-    assert 3 <= kept < 48
+    assert 3 <= kept < 18
     with work.open("ab") as stream:
         stream.write(b'{"prompt": "torn')
     again = surgeon(*arguments, "-o", result, "--json")
-    assert again.code == 0 and f"{kept} of 48 replies were there already" in " ".join(again.document["notes"])
+    assert again.code == 0 and f"{kept} of 18 replies were there already" in " ".join(again.document["notes"])
     assert not work.exists()
     undisturbed = surgeon(*arguments, "--json")
     assert lasting(again.document) == lasting(undisturbed.document)
@@ -104,7 +104,7 @@ def test_other_settings_are_refused_and_can_start_over(surgeon, question_file, t
 def test_other_weights_behind_equal_headers_are_another_model(surgeon, question_file, tmp_path):
     moved = tmp_path / "model"
     shutil.copytree(MODELS / "short", moved)
-    arguments, samples = kept_replies(surgeon, question_file, tmp_path)
+    arguments, _ = kept_replies(surgeon, question_file, tmp_path)
     arguments[0] = moved
     assert surgeon(*arguments).code == 0  # the same model elsewhere
     with (moved / "model.safetensors").open("r+b") as stream:

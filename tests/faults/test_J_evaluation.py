@@ -14,11 +14,11 @@ TESTS = Path(__file__).resolve().parents[1]
 MODELS = TESTS / "models"
 sys.path[:0] = [str(MODELS), str(TESTS / "cli")]
 
-import commands
-import task
+import commands  # noqa: E402
+import task  # noqa: E402
 
-from surgeon import api
-from surgeon.evaluate import metrics, run
+from surgeon import api  # noqa: E402
+from surgeon.evaluate import metrics, run  # noqa: E402
 
 
 @pytest.fixture
@@ -63,8 +63,9 @@ def test_J2_failed_gate_exits_4_and_keeps_result_and_report(evaluated, tmp_path)
     assert first["value"] == document["metrics"]["accuracy"]["value"]
     assert second["passed"] and second["threshold"] == 1.0
     kept = json.loads((tmp_path / "r.json").read_text())
+    assert kept["status"] == "gate-failed"
     assert kept["gates"] == document["gates"] and kept["metrics"] == document["metrics"]
-    assert "accuracy > 2 / 1" in (tmp_path / "r.md").read_text()
+    assert "**Gates: FAILED** (1 of 2 hold)" in (tmp_path / "r.md").read_text()
     assert "error[E401]" in ran.err
 
 
@@ -162,17 +163,18 @@ def test_J10_a_staged_model_is_evaluated_before_it_is_published(evaluated, tmp_p
     """The finished staging folder loads and gives what the published model gives."""
     from surgeon import execute
 
-    staged = []
-    publish = execute.staging.publish
+    staged, destination_was_there = [], []
+    publish = execute.stage.publish
 
     def look_first(place, **options):
-        staged.append(evaluated("--json", model=place.folder).document)
+        destination_was_there.append(place.destination.exists())
+        staged.append(evaluated("--json", model=place.model).document)
         return publish(place, **options)
 
-    monkeypatch.setattr(execute.staging, "publish", look_first)
+    monkeypatch.setattr(execute.stage, "publish", look_first)
     destination = tmp_path / "merged"
     api.merge([str(MODELS / "long"), str(MODELS / "short")], method="linear", output=destination)
     published = evaluated("--json", model=destination).document
-    assert staged and staged[0]["model"]["name"].startswith(".merged")
+    assert ".merged.surgeon-" in staged[0]["model"]["path"] and destination_was_there == [False]
     assert staged[0]["metrics"] == published["metrics"]
     assert staged[0]["model"]["sha256"] == published["model"]["sha256"]

@@ -265,3 +265,40 @@ def test_values_are_checked():
     for wrong in ({"aim": -0.1}, {"sens": 0.0}, {"delta_rank": 1.1}, {"acm": 1.0, "acm_estimator": "x"}):
         with pytest.raises(UsageError):
             Adjustments(**wrong).check()
+
+
+def test_a_tied_model_that_stores_both_copies_can_be_cut_to_low_rank(tmp_path, surgeon):
+    """The copies are compared as stored, before any view computes them."""
+    base = mm.new_model("llama", tie_word_embeddings=True)
+    folders = []
+    for number, model in enumerate((base, mm.fine_tune(base, 5))):
+        folder = tmp_path / f"m{number}"
+        model.save_pretrained(folder)
+        mm.save_tokenizer(folder)
+        state = mm.tensors(folder)
+        state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+        mm.save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        folders.append(folder)
+    done = surgeon("merge", folders[1], folders[0], "--method", "twin", "-o", tmp_path / "out")
+    assert done.code == 0, done.err
+    assert "lm_head.weight" not in mm.tensors(tmp_path / "out")
+
+
+def test_the_user_is_told_when_lore_is_the_average(models, tmp_path, surgeon):
+    base, a = models
+    done = surgeon("merge", a, base, "--method", "lore", "-o", tmp_path / "same")
+    assert done.code == 0 and "plain average" in done.err
+    done = surgeon("merge", a, base, "--method", "lore", "--weight", "1,0", "-o", tmp_path / "part")
+    assert done.code == 0 and "plain average" not in done.err
+
+
+def test_fim_strengths_are_the_whole_coefficient():
+    from surgeon.api import build_request
+    from surgeon.merge.request import resolve
+
+    def lam(**options):
+        return resolve(build_request(models=("x/a", "x/b"), **options)).spec.parameters["lambda"]
+
+    assert lam(method="task-arithmetic") == 0.7
+    assert lam(method="fim-task-arithmetic") == 1.0
+    assert lam(method="fim-task-arithmetic", lambda_=0.5) == 0.5

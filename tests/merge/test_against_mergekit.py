@@ -21,7 +21,7 @@ from surgeon.merge.methods import catalogue, names
 
 TORCH = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 DIGITS = {"F64": 53, "F32": 24, "BF16": 8, "F16": 11}
-OURS = {"dler", "interpolate"}
+OURS = {"dler", "interpolate", "lore"}
 SHAPES = [(37, 53), (61,), (4, 24, 20)]
 CODES = ["F32", "BF16", "F16"]
 

@@ -101,15 +101,16 @@ def test_a_sweep_of_aim_gives_what_single_runs_give(surgeon, tmp_path, calibrati
 def test_layer_strengths_are_measured_written_and_used_again(surgeon, tmp_path, calibration, method):
     """What a run writes into --work gives the same bytes through --layer-scores."""
     work = tmp_path / "work"
-    first = merge(surgeon, tmp_path, calibration, "--method", method, "--work", work, name="first")
+    first = merge(surgeon, tmp_path, calibration, "--method", method, "--lambda", "0.8", "--work", work, name="first")
     files = list(work.glob("*.json"))
     assert len(files) == 1
     scores = json.loads(files[0].read_text())
     assert scores["made_by"] and scores["models"]["long"]["layers"]
     plain = {"acm-ties": "ties"}.get(method, "task-arithmetic")
-    again = merge(surgeon, tmp_path, calibration, "--method", plain, "--layer-scores", files[0], name="again")
+    options = ["--method", plain, "--lambda", "0.8"]
+    again = merge(surgeon, tmp_path, calibration, *options, "--layer-scores", files[0], name="again")
     assert all(torch.equal(first[n], again[n]) for n in first)
-    unscaled = merge(surgeon, tmp_path, calibration, "--method", plain, name="unscaled")
+    unscaled = merge(surgeon, tmp_path, calibration, *options, name="unscaled")
     assert any(not torch.equal(first[n], unscaled[n]) for n in first)
     manifest = json.loads((tmp_path / "first" / "surgeon.json").read_text())
     measured = manifest["recipe"]["measured"]

@@ -503,7 +503,7 @@ def case(method: str, count: int | None = None) -> tuple[int, int | None, dict]:
     return n, base, {"shared": shared, "each": each}
 
 
-SUMMING = {"slerp", "nuslerp", "multislerp", "karcher", "model_stock"}
+SUMMING = {"slerp", "nuslerp", "multislerp", "karcher", "model_stock", "lore"}
 """Reduced by float64 sums, whose order follows the partition; that is part of the plan's identity."""
 
 FLOAT64_SUMS = {"dare_linear", "dare_ties", "della", "della_linear", "sce"}

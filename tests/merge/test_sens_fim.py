@@ -288,11 +288,40 @@ def test_a_stored_copy_of_a_tied_head_is_counted_once():
     assert stored.squares == plain.squares
 
 
+def test_a_stop_ends_the_comparison():
+    import threading
+
+    from surgeon.errors import Interrupted
+
+    config, state = llama_state(1, tied=True)
+    model, stop = with_config("m", state, config), threading.Event()
+    stop.set()
+    with pytest.raises(Interrupted):
+        fim.differences(model, model, stop)
+
+
 def test_tensors_of_different_shapes_are_refused():
     base = with_config("base", {"w": np.zeros((2, 3), np.float32)}, None)
     long = with_config("long", {"w": np.zeros((3, 2), np.float32)}, None)
     with pytest.raises(InputError, match=r"E357.*w is \[3, 2\] in long but \[2, 3\] in base"):
         fim.differences(base, long)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (11,), (7, 13), (3, 5, 7)])
+def test_receivers_sum_in_blocks(monkeypatch, shape):
+    import torch
+
+    from surgeon.merge import layer_groups
+
+    monkeypatch.setattr(layer_groups, "BLOCK", 9)
+    generator = torch.Generator().manual_seed(1)
+    weight, gradient = (torch.randn(shape, generator=generator) for _ in range(2))
+    one, other = sens.SensitivityReceiver(), fim.FisherReceiver()
+    for receiver in (one, other):
+        for sample in range(2):
+            receiver.receive(sample, "model.layers.4.x.weight", weight, gradient)
+    assert one.sums == pytest.approx({4: 2 * (weight * gradient).abs().sum().item()}, rel=1e-6)
+    assert other.sums == pytest.approx({4: 2 * (gradient**2).sum().item()}, rel=1e-6)
 
 
 # ------------------------------------------------------------------------- measured on models, against autograd

@@ -63,6 +63,7 @@ class Dler(TaskVectors):
         facts = super().summary(carried, measured)
         if not facts or not facts.get("elements"):
             return facts
+        facts["scale"] = self.lam  # to compare the effective one with
         ratios = {
             "changed_share": (facts["changed"], facts["elements"]),
             "kept_share": (facts["kept"], facts["elements"]),
