@@ -14,11 +14,11 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
-from surgeon.errors import EnvironmentFault, Where
+from surgeon.errors import EnvironmentFault, OutputConflict, Where
 
 _LOG = logging.getLogger(__name__)
 
@@ -43,6 +43,14 @@ class PassFolder:
         except OSError as error:
             raise EnvironmentFault("E502", f"cannot make the folder for activations: {error.strerror}",
                                    where=Where(str(self.path)), help="choose another folder for them") from error  # fmt: skip
+
+        self._lock = _locked(self.path / "lock")
+
+    def close(self) -> None:
+        """Let others have the folder; what is in it stays."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def activations(self, stage: int) -> Path:
         """Return the file of a stage's activations; two take turns, so the last complete one survives."""
@@ -104,6 +112,24 @@ class PassFolder:
     def forget(self) -> None:
         """Remove the note of what is done, before anything it speaks of is overwritten."""
         (self.path / STATE).unlink(missing_ok=True)
+
+
+def _locked(path: Path) -> IO[bytes] | None:
+    """Hold a lock file until it is closed or the process ends; None where the system has no such locks."""
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    file = open(path, "ab")  # noqa: SIM115  (held for as long as the pass)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise OutputConflict("E603", "the same pass is running already, with the same folder for its activations",
+                             where=Where(str(path.parent)), help="wait for it, or give another folder") from None  # fmt: skip
+    except OSError:  # network shares without locks: nothing worse than without one
+        pass
+    return file
 
 
 def _write(path: Path, content: bytes) -> None:

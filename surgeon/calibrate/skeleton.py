@@ -35,16 +35,13 @@ the model's own initialisation; one that it leaves undefined is refused (see `bu
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from surgeon import architectures
 from surgeon.calibrate import experts
@@ -52,6 +49,7 @@ from surgeon.calibrate.buffers import compute_buffers
 from surgeon.calibrate.pieces import Piece, is_experts, load_expert, load_parameter, read_tensor, resolve
 from surgeon.calibrate.placement import Placement
 from surgeon.calibrate.settings import Observer, Settings
+from surgeon.calibrate.stock_model import build, kept_in_float32
 from surgeon.checkpoint.checkpoint import Checkpoint
 from surgeon.checkpoint.header import printable
 from surgeon.errors import InputError, Where
@@ -103,17 +101,17 @@ class Skeleton:
         self.checkpoint = checkpoint
         self.settings = settings
         self.dtype = settings.torch_dtype
-        self.model = _build(checkpoint, self.dtype)
+        self.model = build(checkpoint, self.dtype)
         self.base: Any = self.model.base_model
         prefix = "" if self.base is self.model else self.model.base_model_prefix + "."
         record = architectures.get(self.model.config.model_type)
-        assert record is not None  # _build refuses others
+        assert record is not None  # build refuses others
         self.stack = prefix + record.stack
         self._layers: list[nn.Module] = list(self.model.get_submodule(self.stack))
         self.layers = len(self._layers)
         self.causal = self.model.config.model_type != "bert" or bool(self.model.config.is_decoder)
         self._pieces = resolve(self.model, checkpoint)
-        self._fp32 = _kept_in_float32(self.model, self.dtype)
+        self._fp32 = kept_in_float32(self.model, self.dtype)
         self.placement = Placement.of(settings.device, self.layers)
         self.embedding_rows: Tensor = torch.empty(0, dtype=torch.int64)
         self.embedding_module = self._path_of(self.model.get_input_embeddings())
@@ -124,7 +122,6 @@ class Skeleton:
         self._rotary: list[Any] = [
             m for m in self.model.modules() if hasattr(m, "rope_type") and hasattr(m, "inv_freq")
         ]
-        self._keep_rows = False
         self._check_complete()
         experts.install(self.model)
 
@@ -308,7 +305,7 @@ class Skeleton:
                 table[place : place + len(inside)] = block.reshape(-1, width)[inside]
             module.padding_idx = None  # row numbers are not token ids any more; it only matters in training
             module.weight = nn.Parameter(
-                self.placement.send(table, self.placement.outer), requires_grad=self._keep_rows
+                self.placement.send(table, self.placement.outer), requires_grad=False
             )
             self.embedding_rows = unique
         return torch.searchsorted(unique, ids)
@@ -483,67 +480,3 @@ def _put(root: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
         else:
             module._buffers[leaf] = value
-
-
-def _kept_in_float32(model: Any, dtype: torch.dtype) -> re.Pattern[str] | None:
-    """Return a pattern of the tensor names that the library keeps in float32 in a model of 16 bits."""
-    names = sorted(model._get_dtype_plan(dtype))
-    return re.compile("|".join(name.replace("*", ".*") for name in names)) if names else None
-
-
-def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
-    """Build the stock model of a checkpoint on the meta device."""
-    config = checkpoint.config
-    if config is None:
-        raise InputError("E380", f"{checkpoint.label} has no config.json, so there is no model to run",
-                         where=Where(checkpoint.label), help="give the model folder, or --config")  # fmt: skip
-    model_type = config.get("model_type")
-    record = architectures.get(model_type)
-    if record is None or model_type not in CONFIG_MAPPING:
-        raise InputError(
-            "E380", f"{checkpoint.label} is a {printable(str(model_type))} model; such models cannot be run layer by layer",
-            where=Where(checkpoint.label), help="these can: " + ", ".join(architectures.known()),
-        )  # fmt: skip
-    if config.get("quantization_config"):
-        raise InputError("E381", f"{checkpoint.label} is quantized", where=Where(checkpoint.label),
-                         help="use the model it was made from, or dequantize it first")  # fmt: skip
-    clean = {key: value for key, value in config.items() if key not in ("auto_map", "_name_or_path", "dtype", "torch_dtype")}  # fmt: skip
-    try:
-        parsed = CONFIG_MAPPING[str(model_type)].from_dict(clean)
-        kind = _class_of(parsed, config)
-        with torch.device("meta"), _quiet():
-            model = kind._from_config(parsed, dtype=dtype)
-    except InputError:
-        raise
-    except Exception as error:  # the library checks its configurations with many kinds of exceptions
-        raise InputError("E380", f"the library cannot build {checkpoint.label}: {type(error).__name__}: {str(error)[:200]}",
-                         where=Where(checkpoint.label), help="check config.json") from error  # fmt: skip
-    return model.eval().requires_grad_(False)
-
-
-def _class_of(parsed: Any, config: Mapping[str, Any]) -> Any:
-    """Return the model class config.json names when it is the library's own for this type, else the usual one."""
-    names = config.get("architectures")
-    name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
-    found = getattr(transformers, name, None) if name.isidentifier() else None
-    if (
-        isinstance(found, type)
-        and issubclass(found, transformers.PreTrainedModel)
-        and getattr(found, "config_class", None) is type(parsed)
-    ):
-        return found
-    usual = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-    if parsed.model_type == "bert":
-        usual = transformers.MODEL_FOR_MASKED_LM_MAPPING
-    return usual[type(parsed)]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the library from printing about models without data."""
-    level = transformers.utils.logging.get_verbosity()
-    transformers.utils.logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers.utils.logging.set_verbosity(level)

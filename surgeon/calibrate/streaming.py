@@ -77,7 +77,9 @@ class MemoryPlan:
         size = torch.empty(0, dtype=skeleton.dtype).element_size()
         places = max(len(batch.samples) * batch.length for batch in batches)
         work = places * skeleton.widest * 4 * size  # gate, up, product and one copy
-        if skeleton.model.config._attn_implementation == "eager":  # scores of all heads, their softmax in float32
+        if (
+            skeleton.model.config._attn_implementation == "eager"
+        ):  # scores of all heads, their softmax in float32
             heads = int(skeleton.model.config.num_attention_heads)
             work += max(len(b.samples) * b.length**2 for b in batches) * heads * (2 * size + 4)
         layers = range(skeleton.layers)

@@ -18,8 +18,6 @@ import tempfile
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +28,14 @@ from torch import Tensor
 from surgeon.calibrate import streaming
 from surgeon.calibrate.activations import Activations, InFile, InMemory
 from surgeon.calibrate.batches import Batch, plan_batches
+from surgeon.calibrate.conditions import memory_faults, threads
+from surgeon.calibrate.loader import Loader
 from surgeon.calibrate.resume import PassFolder
 from surgeon.calibrate.settings import Observer, Settings
 from surgeon.calibrate.skeleton import Call, Skeleton
 from surgeon.calibrate.watching import Watching, finite
 from surgeon.checkpoint.checkpoint import Checkpoint
-from surgeon.errors import EnvironmentFault, InputError, Interrupted, Where
+from surgeon.errors import InputError, Interrupted, Where
 
 __all__ = ["Observer", "Settings", "Walk"]
 
@@ -94,6 +94,7 @@ class Walk:
         self._states: Activations | None = None
         self._stage = -1
         self._temporary: tempfile.TemporaryDirectory | None = None
+        self._folder: PassFolder | None = None
 
     @property
     def stages(self) -> list[str]:
@@ -160,6 +161,9 @@ class Walk:
         if self._temporary is not None:
             self._temporary.cleanup()
             self._temporary = None
+        if self._folder is not None:
+            self._folder.close()
+            self._folder = None
         self._calls.clear()
 
     def __enter__(self) -> Walk:
@@ -171,21 +175,21 @@ class Walk:
     # ---- stages --------------------------------------------------------------------------------
 
     def _advance(self, observer: Observer, stop: threading.Event | None, resume: bool) -> Iterator[str]:
-        folder = self._pass_folder(observer)
         self.close()
+        folder = self._folder = self._pass_folder(observer)
         self._stage = -1
         if resume and folder is not None:
             self._restore(folder, observer)
         if folder is not None and self._stage < 0:
             folder.forget()
         watching = Watching(observer)
-        loader = _Loader(self.skeleton, self._memory)
+        loader = Loader(self.skeleton, self._memory)
         names = self.stages
         try:
             loader.start(max(0, self._stage))
             while self._stage < len(names) - 1:
                 stage = self._stage + 1
-                with _threads(self.settings.threads), torch.no_grad(), _memory_faults(names[stage]):
+                with threads(self.settings.threads), torch.no_grad(), memory_faults(names[stage]):
                     fresh = self._store(stage, folder)
                     try:
                         if stage == 0:
@@ -222,7 +226,7 @@ class Walk:
     def _layer(
         self,
         layer: int,
-        loader: _Loader,
+        loader: Loader,
         watching: Watching,
         fresh: Activations,
         stop: threading.Event | None,
@@ -389,38 +393,6 @@ class Walk:
         self._states, self._stage = states, stage
 
 
-class _Loader:
-    """Reads the next layer's weights while one computes."""
-
-    def __init__(self, skeleton: Skeleton, memory: streaming.MemoryPlan) -> None:
-        self._skeleton = skeleton
-        self._memory = memory
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="surgeon-layer")
-        self._ahead: tuple[int, Future[dict[str, Tensor]]] | None = None
-
-    def _read(self, layer: int) -> dict[str, Tensor]:
-        with torch.no_grad():
-            return self._skeleton.read_layer(layer, experts_too=not self._memory.streams(layer))
-
-    def start(self, layer: int) -> None:
-        """Begin to read a layer."""
-        if layer < self._skeleton.layers and self._ahead is None:
-            self._ahead = (layer, self._pool.submit(self._read, layer))
-
-    def take(self, layer: int) -> dict[str, Tensor]:
-        """Return a layer's weights, waiting for them."""
-        if self._ahead is None or self._ahead[0] != layer:
-            self._ahead = None
-            self.start(layer)
-        assert self._ahead is not None
-        future, self._ahead = self._ahead[1], None
-        return future.result()
-
-    def close(self) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
-        self._ahead = None
-
-
 def _check_samples(samples: list[np.ndarray], skeleton: Skeleton) -> None:
     if not samples:
         raise InputError("E385", "there is no calibration text", help="give at least one sample")
@@ -458,30 +430,3 @@ def _bytes(calls: tuple[Call, ...]) -> int:
         add(call.args)
         add(call.kwargs)
     return sum(seen.values())
-
-
-@contextmanager
-def _memory_faults(stage: str) -> Iterator[None]:
-    """Turn exhausted memory into a refusal that names the stage."""
-    try:
-        yield
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        raise EnvironmentFault("E504", f"the memory is used up in {stage}", help="set --memory-limit, or a smaller batch") from error  # fmt: skip
-    except RuntimeError as error:
-        if "can't allocate memory" not in str(error) and "not enough memory" not in str(error):
-            raise
-        raise EnvironmentFault("E504", f"the memory is used up in {stage}", help="set --memory-limit, or a smaller batch") from error  # fmt: skip
-
-
-def _threads(count: int | None) -> Any:
-    return nullcontext() if count is None else _set_threads(count)
-
-
-@contextmanager
-def _set_threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -28,10 +28,14 @@ NEEDED = (
 )
 OPTIONAL = (
     ("numba", "0.60", "faster merges", "numba"),
-    ("torch", "2.4", "verify --load", "model-surgeon[run]"),
-    ("transformers", "4.51", "verify --load", "model-surgeon[run]"),
+    ("torch", "2.4", "verify --load, calibration, eval", "model-surgeon[run]"),
+    ("transformers", "5.23", "verify --load, calibration, eval", "model-surgeon[run]"),
     ("safetensors", "0.5", "verify --load", "model-surgeon[run]"),
-    ("accelerate", "1.0", "verify --load of large models", "model-surgeon[run]"),
+    ("accelerate", "1.0", "large models, several GPUs", "model-surgeon[run]"),
+    ("pyarrow", "15", "parquet files as data", "model-surgeon[data]"),
+    ("datasets", "3.0", "dataset ids as data", "model-surgeon[data]"),
+    ("matplotlib", "3.8", "reports as PNG", "model-surgeon[report]"),
+    ("lm-eval", "0.4.9", "eval --tasks", "model-surgeon[eval]"),
 )
 """Package, least version, what it is for, what to install: as in pyproject.toml (a test compares them)."""
 

@@ -159,7 +159,9 @@ class Progress:
             share = done / max(total, 1)
             left = elapsed / share - elapsed if share > 0 else 0
             rate = f"  {done / max(elapsed, 1e-9) / 1e6:,.0f} {self._unit}" if self._unit else ""
-            counted = f"  {share:4.0%}{rate}  {_clock(left)} left" if total > 1 else ""  # else a step's name is all
+            counted = (
+                f"  {share:4.0%}{rate}  {_clock(left)} left" if total > 1 else ""
+            )  # else a step's name is all
             text = self._title + counted
             if self._tty:
                 width = 24 if counted else 0

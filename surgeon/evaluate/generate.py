@@ -194,11 +194,8 @@ class _Batch:
 
     def _place(self, running: list[_Running], cache: Any, mask: torch.Tensor, source: torch.Tensor, width: int) -> list[int]:  # fmt: skip
         """Give prefilled prompts rows of the running batch."""
-        columns = self.mask.shape[1]
-        if width > columns:
-            for layer in self.cache.layers:
-                layer.shift_right(width - columns)
-            self.mask = torch.nn.functional.pad(self.mask, (width - columns, 0))
+        # Long prompts go first: every row in use has at least as many columns as any prompt still waiting.
+        assert width <= self.mask.shape[1]
         missing = len(running) - self.slots.count(None)
         if missing > 0:
             for layer in self.cache.layers:

@@ -59,16 +59,6 @@ class PackedLayer(DynamicLayer):
             buffer[:, :, : self.length - count] = buffer[:, :, count : self.length].clone()
         self._use(self.length - count)
 
-    def shift_right(self, count: int) -> None:
-        """Insert ``count`` columns in front; what they hold must be masked."""
-        end = self.length + count
-        if end > self.buffers[0].shape[-2]:
-            self._widen(end + STEP)
-        for buffer in self.buffers:
-            buffer[:, :, count:end] = buffer[:, :, : self.length].clone()
-            buffer[:, :, :count] = 0
-        self._use(end)
-
     def keep_rows(self, rows: torch.Tensor) -> None:
         rows = rows.to(self.buffers[0].device)
         self.buffers = [b[rows] for b in self.buffers]

@@ -351,7 +351,7 @@ class _Evaluation:
         if accuracy and accuracy["value"] is not None and accuracy["n"] < FEW_QUESTIONS:
             points = noise_points(accuracy["value"], accuracy["n"])
             self.warnings.append(
-                f"{accuracy['n']} questions: differences in accuracy below ±{points:.0f} points are noise"
+                f"{accuracy['n']} questions: differences in accuracy below ±{points:.0f} points are noise unless paired"
             )
 
     def _decide(

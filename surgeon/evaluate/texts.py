@@ -112,7 +112,7 @@ def _passages(record: Record, encoder: Encoder, length: int, counts: dict[str, i
     """Return the windows of one record."""
     parts = parts_of(record.values)
     if parts.answer is not None:
-        ids, start = encoder.exchange(parts.history, parts.answer)
+        ids, start = encoder.exchange(parts.history, parts.answer, parts.thinking)
         counts["truncated"] += len(ids) > length
         ids, start = ids[:length], max(1, start)
         if start >= len(ids):

@@ -126,7 +126,9 @@ def compare_configs(
             text = f"{name} {short(mine.get(name))} / {short(his.get(name))}"
             if name == "rope_scaling" and refuse:
                 # Context extension, often switched on without training: it comes with the context length.
-                findings.warnings.append(f"{reference.label} and {other.label} scale positions differently: {text}")
+                findings.warnings.append(
+                    f"{reference.label} and {other.label} scale positions differently: {text}"
+                )
             else:
                 conflicts.append(text)
         kinds = ours.get("layer_types"), theirs.get("layer_types")

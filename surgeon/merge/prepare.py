@@ -532,7 +532,9 @@ class _Folder:
                 check_token_ids(content, rows, file=GENERATION_FILE)
             files[GENERATION_FILE] = raw
             if ref != self.generation_ref:
-                self.notes.append(f"{GENERATION_FILE} from {self.models[ref].checkpoint.label}; {self.text_label} has none")
+                self.notes.append(
+                    f"{GENERATION_FILE} from {self.models[ref].checkpoint.label}; {self.text_label} has none"
+                )
             return
 
     def _template(self, files: dict[str, bytes]) -> None:

@@ -127,7 +127,9 @@ def resolve(request: MergeRequest) -> Resolved:
     each = _per_model(request, method, others)
     shared = _shared(request, method)
     if adjust.fim and request.lambda_ is None and "lambda" in shared and "lambda" not in request.param:
-        shared["lambda"] = 1.0  # FIM's strengths are the whole coefficient; a further 0.7 would halve them twice
+        shared["lambda"] = (
+            1.0  # FIM's strengths are the whole coefficient; a further 0.7 would halve them twice
+        )
     if request.layers is not None and request.layers[0] >= request.layers[1]:
         raise UsageError("E214", f"--layers {request.layers[0]}:{request.layers[1]} is empty",
                          help="the upper end is exclusive")  # fmt: skip

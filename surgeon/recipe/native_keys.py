@@ -8,7 +8,7 @@ surgeon:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,8 @@ KEY = "surgeon"
 class NativeKeys:
     """What stood under ``surgeon:``; everything at its default without it."""
 
-    adjust: Adjustments = Adjustments()
-    calibration: CalibrationSource = CalibrationSource()
+    adjust: Adjustments = field(default_factory=Adjustments)
+    calibration: CalibrationSource = field(default_factory=CalibrationSource)
     text_from: ModelRef | None = None
 
 

@@ -53,7 +53,9 @@ def test_other_names_are_refused(device):
 
 def test_sending_moves_what_is_nested_and_keeps_the_rest(gpus):
     two = Placement((torch.device("meta"), torch.device("cpu")))  # a second device that every machine has
-    moved = two.send({"mask": torch.ones(2), "pair": (torch.zeros(1), None, 3), "flag": False}, torch.device("meta"))
+    moved = two.send(
+        {"mask": torch.ones(2), "pair": (torch.zeros(1), None, 3), "flag": False}, torch.device("meta")
+    )
     assert moved["mask"].is_meta and moved["pair"][0].is_meta and moved["pair"][1:] == (None, 3)
     assert moved["flag"] is False
     assert placement.alternate([torch.device("cpu")], 0) == (torch.device("cpu"),)

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import nn
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1] / "architectures")]
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "architectures"))
 from tiny_models import DECODER, FAMILIES, LATENT
 from walk_models import LENGTHS, Keeper, Nothing, Sums, model_folder, stock, texts
 
@@ -61,7 +62,11 @@ def checkpoint_name(family, path):
     """Return the checkpoint's name of a module of the stock model."""
     if family == "mixtral":
         return path.replace(".mlp.gate", ".block_sparse_moe.gate")
-    return path.replace("block_sparse_moe.router", "block_sparse_moe.router.layer") if family == "granitemoe" else path
+    return (
+        path.replace("block_sparse_moe.router", "block_sparse_moe.router.layer")
+        if family == "granitemoe"
+        else path
+    )
 
 
 def watched(model, family):
@@ -135,7 +140,9 @@ def test_bfloat16_follows_the_stock_model(family):
     with torch.no_grad():
         half = stock(folder, dtype=torch.bfloat16).base_model(ids).last_hidden_state.float()
         exact = stock(folder).base_model(ids).last_hidden_state
-    noise = (half - exact).norm() / exact.norm()  # rounding; a changed expert or a wrong table would be far more
+    noise = (
+        half - exact
+    ).norm() / exact.norm()  # rounding; a changed expert or a wrong table would be far more
     assert (found.float() - exact).norm() / exact.norm() < 2 * noise
 
 
@@ -193,7 +200,10 @@ def test_only_rows_of_tokens_are_read(monkeypatch):
         walk.run(Nothing())
     assert asked["model.embed_tokens.weight"] == 4 * 32  # 5, 9, 30, 31
     assert "lm_head.weight" not in asked
-    assert asked["model.layers.2.mlp.down_proj.weight"] == checkpoint.tensors["model.layers.2.mlp.down_proj.weight"].elements
+    assert (
+        asked["model.layers.2.mlp.down_proj.weight"]
+        == checkpoint.tensors["model.layers.2.mlp.down_proj.weight"].elements
+    )
 
 
 def test_the_head_is_read_in_blocks(monkeypatch):
@@ -336,7 +346,12 @@ def test_a_missing_expert_is_named(tmp_path):
 
 @pytest.mark.parametrize(
     ("samples", "code"),
-    [([], "E385"), ([np.array([], dtype=np.int64)], "E385"), ([np.array([1, 67])], "E383"), ([np.array([-1, 3])], "E383")],
+    [
+        ([], "E385"),
+        ([np.array([], dtype=np.int64)], "E385"),
+        ([np.array([1, 67])], "E383"),
+        ([np.array([-1, 3])], "E383"),
+    ],
 )
 def test_refusals_of_samples(samples, code):
     with pytest.raises(InputError) as caught:

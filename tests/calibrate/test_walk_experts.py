@@ -19,7 +19,16 @@ from surgeon.calibrate.walk import Settings, Walk
 from surgeon.checkpoint.checkpoint import open_path
 
 ONE = Settings(threads=1, batch_tokens=64)
-FAMILIES = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3", "granitemoe", "gpt_oss"]
+FAMILIES = [
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "olmoe",
+    "deepseek_v2",
+    "deepseek_v3",
+    "granitemoe",
+    "gpt_oss",
+]
 NAMES = {"mixtral": ("w1", "w3", "w2")}
 
 
@@ -27,7 +36,10 @@ def weights_of(tensors, family, hub, layer, expert):
     """Return gate, up, down [out, in] and their biases of one expert, straight from the file."""
     block = f"model.layers.{layer}."
     if family == "gpt_oss":
-        both, down = tensors[f"{block}mlp.experts.gate_up_proj"][expert], tensors[f"{block}mlp.experts.down_proj"][expert]
+        both, down = (
+            tensors[f"{block}mlp.experts.gate_up_proj"][expert],
+            tensors[f"{block}mlp.experts.down_proj"][expert],
+        )
         bias = tensors[f"{block}mlp.experts.gate_up_proj_bias"][expert]
         return (both[:, ::2].T, both[:, 1::2].T, down.T), (bias[::2], bias[1::2], tensors[f"{block}mlp.experts.down_proj_bias"][expert])  # fmt: skip
     if family == "granitemoe" and hub:
@@ -72,7 +84,13 @@ def close(found, wanted):
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize(
-    ("family", "hub"), [*((family, True) for family in FAMILIES), ("mixtral", False), ("qwen3_moe", False), ("granitemoe", False)]
+    ("family", "hub"),
+    [
+        *((family, True) for family in FAMILIES),
+        ("mixtral", False),
+        ("qwen3_moe", False),
+        ("granitemoe", False),
+    ],
 )
 def test_every_expert_shows_its_own_tokens(family, hub, stream):
     folder = model_folder(family, (), hub)
@@ -92,7 +110,9 @@ def test_every_expert_shows_its_own_tokens(family, hub, stream):
                 if not rows.any():
                     assert all((name, number) not in keeper.inputs for name in names)
                     continue
-                (gate, up, down), (gate_bias, up_bias, down_bias) = weights_of(tensors, family, hub, layer, expert)
+                (gate, up, down), (gate_bias, up_bias, down_bias) = weights_of(
+                    tensors, family, hub, layer, expert
+                )
                 x = hidden[rows]
                 a, b = x @ gate.T + gate_bias, x @ up.T + up_bias
                 for name, wanted in zip(names, (a, b), strict=False):
@@ -166,11 +186,15 @@ def test_large_layers_are_streamed_without_being_asked():
     assert not plain._memory.streamed
     whole = [plain.skeleton.bytes_of_layer(n) for n in range(3)]
     outside = plain.skeleton.bytes_outside() + 64 * plain.skeleton.widest * 16
-    tight = Walk(checkpoint, texts(), Settings(threads=1, batch_tokens=64, memory_limit=outside + 2 * max(whole)))
+    tight = Walk(
+        checkpoint, texts(), Settings(threads=1, batch_tokens=64, memory_limit=outside + 2 * max(whole))
+    )
     assert tight._memory.streamed == {0, 2}  # layer 1 is dense
 
 
 def test_sizes_of_padded_multiplications():
     sizes = [usual_rows(rows) for rows in range(1, 5000)]
-    assert all(rows <= size <= max(rows + 15, rows * 1.26) for rows, size in zip(range(1, 5000), sizes, strict=True))
+    assert all(
+        rows <= size <= max(rows + 15, rows * 1.26) for rows, size in zip(range(1, 5000), sizes, strict=True)
+    )
     assert len(set(sizes)) < 40

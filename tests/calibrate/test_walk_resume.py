@@ -16,7 +16,7 @@ from walk_models import Sums, model_folder, texts
 
 from surgeon.calibrate.walk import Settings, Walk
 from surgeon.checkpoint.checkpoint import open_path
-from surgeon.errors import EnvironmentFault
+from surgeon.errors import EnvironmentFault, OutputConflict
 
 
 def settings(folder, **more):
@@ -32,7 +32,10 @@ def finish(folder, samples=None, *, family="qwen3_moe", **more):
 
 
 def cut_off(folder):
-    with pytest.raises(KeyboardInterrupt), Walk(open_path(model_folder("qwen3_moe")), texts(), settings(folder)) as walk:
+    with (
+        pytest.raises(KeyboardInterrupt),
+        Walk(open_path(model_folder("qwen3_moe")), texts(), settings(folder)) as walk,
+    ):
         walk.run(Sums("model.layers.1.mlp.down_proj", KeyboardInterrupt))
 
 
@@ -98,7 +101,9 @@ DAMAGE = {
         json.dumps({**json.loads((folder / "state.json").read_text()), "stage": 99})
     ),
     "another file": lambda folder: (folder / "state.json").write_text(
-        json.dumps({**json.loads((folder / "state.json").read_text()), "observer": {"file": "../x", "sha256": ""}})
+        json.dumps(
+            {**json.loads((folder / "state.json").read_text()), "observer": {"file": "../x", "sha256": ""}}
+        )
     ),
 }
 
@@ -114,7 +119,13 @@ def test_damaged_state_is_never_trusted(tmp_path, whole, damage):
 
 @pytest.mark.parametrize(
     ("samples", "more"),
-    [(texts(seed=1), {}), (texts((13, 17, 17, 18)), {}), (None, {"dtype": "bfloat16"}), (None, {"batch_tokens": 20}), (None, {"family": "olmoe"})],
+    [
+        (texts(seed=1), {}),
+        (texts((13, 17, 17, 18)), {}),
+        (None, {"dtype": "bfloat16"}),
+        (None, {"batch_tokens": 20}),
+        (None, {"family": "olmoe"}),
+    ],
 )
 def test_another_pass_does_not_take_it_up(tmp_path, samples, more):
     cut_off(tmp_path)
@@ -136,10 +147,23 @@ def test_observers_without_state_start_over(tmp_path):
     next(steps)
     next(steps)
     steps.close()
+    walk.close()
     stages = []
     with Walk(open_path(model_folder("qwen3_moe")), texts(), settings(tmp_path)) as again:
         again.run(Plain(), resume=True, progress=lambda done, total: stages.append(done))
     assert stages == [1, 2, 3, 4, 5]
+
+
+def test_two_passes_never_share_a_folder(tmp_path, whole):
+    first = Walk(open_path(model_folder("qwen3_moe")), texts(), settings(tmp_path))
+    steps = first.steps(Sums())
+    next(steps)
+    with pytest.raises(OutputConflict) as caught:
+        finish(tmp_path)
+    assert caught.value.code == "E603"
+    steps.close()
+    first.close()
+    assert finish(tmp_path)[2] == [2, 3, 4, 5]
 
 
 @pytest.mark.slow
@@ -160,7 +184,9 @@ Sums.observe = observe
 settings = Settings(threads=1, batch_tokens=64, spill=Path({str(tmp_path)!r}))
 Walk(open_path(Path({str(model_folder("qwen3_moe"))!r})), texts(), settings).run(Sums())
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2]
+    )
     assert done.returncode == -9, done.stderr
     sums, hidden, stages = finish(tmp_path)
     assert stages == [3, 4, 5]

@@ -35,7 +35,9 @@ def model_folder(family: str, extra: tuple = (), hub_names: bool = True, class_n
     folder = Path(_keep().name, f"{family}-{abs(hash((extra, hub_names, class_name)))}")
     torch.manual_seed(1)
     special = {"bos_token_id": 1, "eos_token_id": 2} if family == "gpt2" else {}
-    model = build(family, class_name, **{**special, **{k: dict(v) if isinstance(v, tuple) else v for k, v in extra}})
+    model = build(
+        family, class_name, **{**special, **{k: dict(v) if isinstance(v, tuple) else v for k, v in extra}}
+    )
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in [*model.parameters(), *(b for n, b in model.named_buffers() if "correction" in n)]:
@@ -92,7 +94,11 @@ class Sums:
         self.rows[module] = self.rows.get(module, 0) + len(inputs)
 
     def state(self):
-        return {f"{k} {module}": np.asarray(v) for k, table in (("sums", self.sums), ("rows", self.rows)) for module, v in table.items()}
+        return {
+            f"{k} {module}": np.asarray(v)
+            for k, table in (("sums", self.sums), ("rows", self.rows))
+            for module, v in table.items()
+        }
 
     def restore(self, state):
         self.sums = {k[5:]: torch.from_numpy(v.copy()) for k, v in state.items() if k.startswith("sums ")}

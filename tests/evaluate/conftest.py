@@ -2,22 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-import sys
 from pathlib import Path
 
 import pytest
-
-TESTS = Path(__file__).resolve().parents[1]
-MODELS = TESTS / "models"
-sys.path[:0] = [str(MODELS), str(TESTS / "cli"), str(TESTS / "architectures")]
-
-import task  # noqa: E402
-
-
-def asked(count: int, seed: int = 0) -> list[task.Question]:
-    return list(itertools.islice(task.questions("test", seed), count))
+from running_sums import asked
 
 
 @pytest.fixture

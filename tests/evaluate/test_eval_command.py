@@ -7,7 +7,7 @@ import json
 import shutil
 
 import pytest
-from conftest import MODELS, asked
+from running_sums import MODELS, asked
 
 from surgeon import report
 from surgeon.evaluate import harness
@@ -118,6 +118,28 @@ def test_perplexity_and_divergence(surgeon, question_file, tmp_path):
     assert 0.5 < found["metrics"]["top1_agreement"]["value"] < 1
     assert found["data"]["kl"]["reference"]["name"] == "long"
     report.validate(found)
+
+
+def test_shipped_text_and_running_text(surgeon, tmp_path):
+    text = tmp_path / "sums.txt"
+    text.write_text("123+456=579\n" * 300)
+    ran = surgeon(
+        MODELS / "short",
+        "--perplexity",
+        text,
+        "--sequence-length",
+        128,
+        "--kl",
+        MODELS / "long",
+        "--limit",
+        4,
+        "--json",
+    )
+    assert ran.code == 0, ran.err
+    data = ran.document["data"]
+    assert data["perplexity"]["tokens"] > 3500 and data["perplexity"]["passages"] > 28
+    assert data["kl"]["name"].startswith("surgeon shipped text") and data["kl"]["passages"] == 4
+    assert ran.document["settings"]["limited"]  # 4 of the shipped records; the file is one record
 
 
 @pytest.mark.parametrize("damage", ["missing", "extra", "shape"])

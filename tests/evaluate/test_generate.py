@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
-from conftest import MODELS, asked
+from running_sums import MODELS, asked
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
 from surgeon.errors import InputError, Interrupted
+from surgeon.evaluate import generate as engine
 from surgeon.evaluate import sampling
 from surgeon.evaluate.generate import Decoding, Job, generate
 from surgeon.evaluate.kv_cache import packable
@@ -118,6 +119,28 @@ def test_other_families_and_sliding_windows(family, extra):
         found = replies(model, prompts, Decoding(14, stop_ids=stop), rows)
         for i, prompt in enumerate(prompts):
             assert found[i, 0] == greedy_of_transformers(model, prompt, 14, stop), (family, rows, i)
+
+
+def test_prefills_in_parts_and_without_padding_change_nothing(trained, prompts, monkeypatch):
+    decoding = Decoding(40, 0.8, seed=2, stop_ids=(2,))
+    expected = replies(trained["short"], prompts[:10], decoding, rows=20, samples=2)
+    monkeypatch.setattr(engine, "PREFILL_TOKENS", 40)
+    assert replies(trained["short"], prompts[:10], decoding, rows=20, samples=2) == expected
+    monkeypatch.setattr(engine, "packable", lambda *a: False)
+    assert replies(trained["short"], prompts[:10], decoding, rows=6, samples=2) == expected
+    monkeypatch.setattr(engine, "padding_allowed", lambda *a: False)  # as for recurrent states
+    assert replies(trained["short"], prompts[:10], decoding, rows=6, samples=2) == expected
+
+
+def test_a_model_without_key_value_cache_is_refused(prompts):
+    from transformers import MambaConfig, MambaForCausalLM
+
+    model = MambaForCausalLM(
+        MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=300, state_size=4)
+    ).eval()
+    with pytest.raises(InputError) as caught:
+        replies(model, prompts[:2], Decoding(4, stop_ids=(2,)), rows=2)
+    assert caught.value.code == "E392"
 
 
 def test_a_reply_ends_where_the_context_ends(trained, prompts):

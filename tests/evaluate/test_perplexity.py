@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import MODELS, asked
+from running_sums import MODELS, asked
 from transformers import AutoModelForCausalLM
 
 from surgeon.calibrate import head as heads

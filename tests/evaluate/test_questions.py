@@ -214,7 +214,7 @@ def test_match_rules_that_do_not_exist(tmp_path, match):
 
 
 def test_a_prompt_that_opens_the_reasoning_is_known_by_its_last_tokens():
-    from conftest import MODELS
+    from running_sums import MODELS
     from transformers import AutoTokenizer
 
     from surgeon.calibrate.tokens import Encoder

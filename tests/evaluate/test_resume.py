@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import MODELS
+from running_sums import MODELS
 
 from surgeon.calibrate import data
 

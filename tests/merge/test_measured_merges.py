@@ -101,7 +101,9 @@ def test_a_sweep_of_aim_gives_what_single_runs_give(surgeon, tmp_path, calibrati
 def test_layer_strengths_are_measured_written_and_used_again(surgeon, tmp_path, calibration, method):
     """What a run writes into --work gives the same bytes through --layer-scores."""
     work = tmp_path / "work"
-    first = merge(surgeon, tmp_path, calibration, "--method", method, "--lambda", "0.8", "--work", work, name="first")
+    first = merge(
+        surgeon, tmp_path, calibration, "--method", method, "--lambda", "0.8", "--work", work, name="first"
+    )
     files = list(work.glob("*.json"))
     assert len(files) == 1
     scores = json.loads(files[0].read_text())
