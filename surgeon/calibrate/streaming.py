@@ -31,6 +31,10 @@ RELEASE_BYTES = 32 << 20
 """Weights of experts dropped before their memory is given back; without that it grows to the whole layer."""
 
 
+RUNTIME_BYTES = 48 << 20
+"""What torch takes for itself when it first computes: its code, compiled kernels, threads' buffers."""
+
+
 @dataclass(frozen=True)
 class MemoryPlan:
     """How a pass shares its memory.
@@ -100,8 +104,8 @@ class MemoryPlan:
                 "E504", f"calibrating needs about {(largest + work + outer) / 1e6:,.0f} MB for one layer and one batch, "
                 f"the limit is {budget / 1e6:,.0f} MB", help="raise --memory-limit, or lower the sequence length",
             )  # fmt: skip
-        prefetch = 2 * largest <= free
-        left = free - largest * (2 if prefetch else 1)
+        prefetch = 2 * largest + RUNTIME_BYTES <= free
+        left = max(0, free - RUNTIME_BYTES - largest * (2 if prefetch else 1))
         total = sum(len(batch.samples) * batch.length for batch in batches) * skeleton.hidden_size * size
         each_token = skeleton.hidden_size * (4 * size) + 64 * 8
         return cls(

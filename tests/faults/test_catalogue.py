@@ -21,7 +21,7 @@ REQUIRED = [
     "G1", "G2", "G3", "G5", "G7", "G8",  # code execution and trust
     "H1", "H2", "H4", "H5", "H6", "H8",  # resources and environment
     "I1", "I2", "I3", "I4",  # concurrency
-    "J9",  # random methods, interrupted
+    "J2", "J3", "J4", "J8", "J9", "J10",  # calibration, evaluation, gates
 ]  # fmt: skip
 
 
