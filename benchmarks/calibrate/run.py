@@ -212,7 +212,7 @@ def dense(work: str, options: dict[str, Any], repeats: int) -> list[str]:
     ]  # fmt: skip
     verdicts = []
     for dtype in options["dtypes"]:
-        limit = made["bytes"] * (2 if dtype == "float32" else 1) // 8
+        limit = max(100 << 20, made["bytes"] * (2 if dtype == "float32" else 1) // 8)
         chosen = {**options, "dtype": dtype, "memory_limit": limit}
         whole, alone, seen = [], [], []
         for _ in range(repeats):  # in turn, so that a busy minute hits all alike
@@ -230,14 +230,17 @@ def dense(work: str, options: dict[str, Any], repeats: int) -> list[str]:
                 f"| {dtype} | {name} | | | {median(runs, 'total'):.1f} | {mb(median(runs, 'resident'))} | {mb(median(runs, 'private'))} |"
             )
         memory = median(whole, "resident") / median(alone, "resident")
-        private = median(whole, "private") / median(alone, "private")
         slower = median(alone, "total") / median(whole, "compute")
         total = median(alone, "total") / median(whole, "total")
         verdicts.append(
-            f"{dtype}: peak 1/{memory:.1f} of the whole model's (private memory 1/{private:.1f}; goal 1/8), "
+            f"{dtype}: peak 1/{memory:.1f} of the whole model's (goal 1/8), "
             f"{slower:.2f} x its compute time without loading, {total:.2f} x with loading (goal 1.5)."
         )
-    return [*lines, "", *(f"- {text}" for text in verdicts)]
+    note = (
+        "Private memory leaves out mapped files: the stock loader maps weights that need no conversion, so the pages "
+        "of a bfloat16 model are resident but can be dropped and read again; in float32 they are its own."
+    )
+    return [*lines, "", *(f"- {text}" for text in verdicts), "", note]
 
 
 def experts(work: str, options: dict[str, Any], repeats: int) -> list[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -111,6 +112,7 @@ def measure(
             {**found.record, **part.record},
             (*found.notes, *part.notes),
         )
+    shutil.rmtree(folder / "activations", ignore_errors=True)  # only an unfinished pass needs them again
     return found
 
 
