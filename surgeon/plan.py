@@ -330,7 +330,9 @@ def estimate(plan: Plan, threads: int) -> Estimate:
         passes = max(passes, steps)
         for ref in item.inputs:
             read += steps * plan.inputs[ref.model].tensors[ref.name].nbytes
-        views = [(v, r.name) for r in item.inputs if hasattr(v := plan.inputs[r.model], "memory")]
+        views: list[tuple[Any, str]] = [
+            (v, r.name) for r in item.inputs if hasattr(v := plan.inputs[r.model], "memory")
+        ]
         beside = max(beside, sum(v.memory(name) for v, name in views))
         kept = max(kept, sum(v.kept_bytes(name) for v, name in views))
         for task in item.tasks:

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -158,7 +158,7 @@ def _text(run: _Run, model: Checkpoint, key: str, answer: str | None) -> Calibra
     )  # fmt: skip
 
 
-def _has_both(sources: list[tuple[str | None, str]], offline: bool) -> bool:
+def _has_both(sources: Sequence[tuple[str | None, str]], offline: bool) -> bool:
     from surgeon.calibrate.fields import has_answer
     from surgeon.data.records import read_records
 

@@ -29,6 +29,8 @@ def test_commands_import_nothing_heavy(scratch, command):
     assert not imported(command, *arguments[command]) & set(HEAVY)
 
 
-@pytest.mark.parametrize("command", ["inspect", "diff", "verify", "methods", "doctor", "clean", "merge", "eval", "report", "run"])
+@pytest.mark.parametrize(
+    "command", ["inspect", "diff", "verify", "methods", "doctor", "clean", "merge", "eval", "report", "run"]
+)
 def test_help_of_a_command_needs_neither_numpy_nor_pydantic(command):
     assert not imported(command, "--help") & {*HEAVY, "numpy", "pydantic"}
