@@ -33,6 +33,8 @@ MERGES: dict[str, dict] = {
     "task-arithmetic .5": {"method": "task-arithmetic", "lambda_": 0.5},
     "task-arithmetic .3": {"method": "task-arithmetic", "lambda_": 0.3},
     "ties .2": {"method": "ties", "density": (0.2,)},
+    "ties .2 x .9": {"method": "ties", "density": (0.2,), "lambda_": 0.9},
+    "ties .2 x .8": {"method": "ties", "density": (0.2,), "lambda_": 0.8},
     "ties .15": {"method": "ties", "density": (0.15,)},
     "ties .1": {"method": "ties", "density": (0.1,)},
     "dare-linear": {"method": "dare-linear"},

@@ -1,21 +1,7 @@
-"""Merging checkpoints: from a request to a Plan.
-
-``surgeon.merge(...)`` is a function of `surgeon.api`, and importing anything from this package puts
-the package under the same name: so the package can be called, too.
-"""
+"""Merging checkpoints: from a request to a Plan. The package can be called: `surgeon.api.merge`."""
 
 from __future__ import annotations
 
-import sys
-from types import ModuleType
-from typing import Any
+from surgeon.callable_package import make_callable
 
-
-class _Package(ModuleType):
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        from surgeon.api import merge
-
-        return merge(*args, **kwargs)
-
-
-sys.modules[__name__].__class__ = _Package
+make_callable(__name__)

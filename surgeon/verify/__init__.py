@@ -1,21 +1,7 @@
-"""Checks of finished models.
-
-``surgeon.verify(...)`` is a function of `surgeon.api`, and importing anything from this package puts
-the package under the same name: so the package can be called, too.
-"""
+"""Checks of finished models. Can be called: `surgeon.api.verify`."""
 
 from __future__ import annotations
 
-import sys
-from types import ModuleType
-from typing import Any
+from surgeon.callable_package import make_callable
 
-
-class _Package(ModuleType):
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        from surgeon.api import verify
-
-        return verify(*args, **kwargs)
-
-
-sys.modules[__name__].__class__ = _Package
+make_callable(__name__)
