@@ -86,13 +86,17 @@ class Head:
             logits = torch.tanh(logits / self._softcap) * self._softcap
         return logits.float()
 
-    def _input(self, hidden: Tensor) -> Tensor:
+    def entering(self, hidden: Tensor) -> Tensor:
+        """Return what the matrix is applied to: last hidden states [n, hidden] in the head's precision.
+
+        BERT's head transforms them first; `block_logits` takes what this returns.
+        """
         hidden = self._placement.send(hidden.to(self._dtype), self._device)
         return self._skeleton.head_input(hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits [n, vocabulary] of hidden states [n, hidden], float32."""
-        hidden = self._input(hidden)
+        hidden = self.entering(hidden)
         out = torch.empty(hidden.shape[0], self.vocabulary, dtype=torch.float32, device=self._device)
         for start, stop, weight, bias in self.blocks(self.rows_per_block(hidden.shape[0])):
             out[:, start:stop] = self.block_logits(hidden, weight, bias)
@@ -100,7 +104,7 @@ class Head:
 
     def losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Return -log p(target) [n] for hidden states [n, hidden] and token ids [n], float32."""
-        hidden = self._input(hidden)
+        hidden = self.entering(hidden)
         targets = targets.to(self._device)
         count = hidden.shape[0]
         peak = torch.full((count,), -torch.inf, device=self._device)

@@ -163,7 +163,7 @@ def load_encoder(folder: Path, *, template: bool = True) -> Encoder:
     """
     folder = Path(folder)
     if not folder.is_dir() or not has_tokenizer(folder):
-        raise InputError("E375", f"{folder} has no tokenizer; calibration text cannot be turned into tokens",
+        raise InputError("E375", f"{folder} has no tokenizer; text cannot be turned into tokens",
                          where=Where(str(folder)), help="copy tokenizer.json and tokenizer_config.json of the model into it")  # fmt: skip
     if importlib.util.find_spec("transformers") is None:
         raise EnvironmentFault("E512", "transformers is not installed; its tokenizers turn calibration text into tokens",

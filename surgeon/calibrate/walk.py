@@ -350,6 +350,11 @@ class Walk:
         for sample in self._samples:
             samples.update(len(sample).to_bytes(8, "little") + sample.tobytes())
         kind = type(observer)
+        skeleton = self.skeleton
+        tables = [*map(skeleton.pieces, range(self.layers)), skeleton.outer_pieces(), skeleton.head_pieces()]
+        modules = {piece.module for table in tables for pieces in table.values() for piece in pieces}
+        # One kind of observer may look at different modules: what it has not seen cannot be made up for.
+        wanted = "\n".join(sorted(filter(observer.wants, modules)))
         return PassFolder(
             self.settings.spill,
             {
@@ -363,6 +368,7 @@ class Walk:
                 "batch_tokens": self.settings.batch_tokens,
                 "per_sample": self._per_sample,
                 "observer": [kind.__module__, kind.__qualname__, str(getattr(observer, "identity", ""))],
+                "wanted": hashlib.sha256(wanted.encode()).hexdigest(),
                 "versions": [importlib.metadata.version(name) for name in ("torch", "transformers")],
             },
         )

@@ -154,9 +154,9 @@ def eval(
             threads=threads, memory_limit=o.byte_size(memory_limit, "--memory-limit"), seed=seed, offline=offline,
         )  # fmt: skip
         if report is not None:
-            from surgeon.report import format_of
+            from surgeon.report import check_place
 
-            format_of(Path(report))  # a wrong suffix is known before hours of work
+            check_place(report)  # a file that cannot be written is known before hours of work
         bar = Stages(out)
         with stop_on_signals(out) as (stop, _):
             try:

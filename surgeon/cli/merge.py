@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -258,7 +259,7 @@ def finish(out: Output, planned: Any, settings: Settings, strict: bool) -> dict[
         raise UsageError("E220", f"--strict: {plan.warnings[0]}")
     check = planned.check(
         destination, threads=settings.threads, memory_limit=settings.memory_limit,
-        overwrite=settings.overwrite or _repeatable(destination),
+        overwrite=settings.overwrite or _repeatable(destination, planned),
     )  # fmt: skip
     described = describe(plan, check)
     summary(out, plan, described)
@@ -270,6 +271,7 @@ def finish(out: Output, planned: Any, settings: Settings, strict: bool) -> dict[
         if planned.needs:
             planned = measure(out, planned, destination, settings, stop)
             plan = planned.plan
+            described |= {"id": plan.plan_id(), "measured": plan.recipe.get("measured")}
         bar = out.progress("merging")
         try:
             outcome = planned.run(
@@ -278,7 +280,7 @@ def finish(out: Output, planned: Any, settings: Settings, strict: bool) -> dict[
             )  # fmt: skip
         finally:
             bar.close()
-    return report(out, plan, described, outcome)
+    return report(out, planned, described, outcome)
 
 
 def measure(out: Output, planned: Any, destination: Path, settings: Settings, stop: Any) -> Any:
@@ -300,14 +302,37 @@ def measure(out: Output, planned: Any, destination: Path, settings: Settings, st
     return measured
 
 
-def _repeatable(destination: Path) -> bool:
-    """An existing result may be this very plan's: then the run ends at once; execute() decides."""
+def _repeatable(destination: Path, planned: Any) -> bool:
+    """An existing result may be this very plan's: then the run ends at once; execute() decides.
+
+    Where models are to be run first, what can be told from the recipe is told now, not after hours.
+    """
     manifest = (
         destination / "surgeon.json"
         if destination.suffix != ".safetensors"
         else Path(f"{destination}.surgeon.json")
     )
-    return manifest.exists()
+    if not planned.needs or not manifest.exists():
+        return manifest.exists()
+    try:
+        made = json.loads(manifest.read_bytes())["recipe"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    wanted = json.loads(json.dumps(planned.plan.recipe, default=str))
+    return (
+        isinstance(made, dict)
+        and all(
+            made.get(key) == wanted.get(key)
+            for key in ("method", "parameters", "out_dtype", "seed", "layers", "ignore", "dense", "sweep")
+        )
+        and _strength(made) == _strength(wanted)
+    )
+
+
+def _strength(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Return the adjustments of a recipe without what may be spelled in several ways, paths."""
+    adjust = recipe.get("adjust") or {}
+    return {k: v for k, v in adjust.items() if k not in {"reference", "layer_scores"}}
 
 
 def describe(plan: Any, check: Any) -> dict[str, Any]:
@@ -363,8 +388,9 @@ def summary(out: Output, plan: Any, described: dict[str, Any]) -> None:
     )
 
 
-def report(out: Output, plan: Any, described: dict[str, Any], outcome: Any) -> dict[str, Any]:
+def report(out: Output, planned: Any, described: dict[str, Any], outcome: Any) -> dict[str, Any]:
     """Print the result and return the JSON document's body."""
+    plan = planned.plan
     from surgeon.kernels import fused
     from surgeon.system import peak_memory
 
@@ -396,7 +422,10 @@ def report(out: Output, plan: Any, described: dict[str, Any], outcome: Any) -> d
     for path in outcome.models.values():
         out.line(f"wrote     {path}")
     if not out.quiet and not outcome.unchanged:
-        out.log(f"A merged model must be evaluated before use; check it first: surgeon verify {plain(outcome.path)} --generate"
+        first = next(
+            iter(outcome.models.values()), outcome.path
+        )  # of a sweep: each point is a model of its own
+        out.log(f"A merged model must be evaluated before use; check it first: surgeon verify {plain(first)} --generate"
                 if outcome.path.is_dir() else
                 f"A merged model must be evaluated before use; compare it first: surgeon diff {plain(outcome.path)} MODEL --values")  # fmt: skip
     digests = {
@@ -420,7 +449,7 @@ def report(out: Output, plan: Any, described: dict[str, Any], outcome: Any) -> d
         "seconds": round(outcome.seconds, 3),
         "timing": {k: round(v, 3) for k, v in vars(outcome.timing).items()},
         "warnings": list(plan.warnings),
-        "notes": list(plan.notes),
+        "notes": [*planned.notes, *plan.notes],
     }  # fmt: skip
 
 

@@ -105,6 +105,7 @@ def compare(
         ours, theirs: hidden states [n, H] of the reference and of the model.
     """
     count = ours.shape[0]
+    ours, theirs = reference.entering(ours), model.entering(theirs)
     shared = min(reference.vocabulary, model.vocabulary)
     rows = min(h.rows_per_block(min(count, TOKENS)) for h in (reference, model))
     state = [_Running(count) for _ in range(math.ceil(count / TOKENS))]
@@ -116,15 +117,11 @@ def compare(
             break
         for i, running in enumerate(state):
             piece = slice(i * TOKENS, (i + 1) * TOKENS)
-            a = reference.block_logits(_on(ours[piece], weight_a), weight_a, bias_a)[:, :width]
-            b = model.block_logits(_on(theirs[piece], weight_b), weight_b, bias_b)[:, :width]
+            a = reference.block_logits(ours[piece], weight_a, bias_a)[:, :width]
+            b = model.block_logits(theirs[piece], weight_b, bias_b)[:, :width]
             running.add(a.double().cpu(), b.double().cpu(), start)
     results = [running.finish() for running in state]
     return np.concatenate([r[0] for r in results]), np.concatenate([r[1] for r in results])
-
-
-def _on(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return hidden.to(device=weight.device, dtype=weight.dtype)
 
 
 class _Running:
@@ -183,7 +180,7 @@ def metrics(found: Divergence, *, seed: int = 0) -> dict[str, Any]:
         result[name] = {
             "value": value,
             "low": None if low is None else max(0.0, low),
-            "high": high,
+            "high": None if high is None else max(0.0, high),
             "n": int(counts.sum()),
         }
     return result

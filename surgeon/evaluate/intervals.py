@@ -25,7 +25,8 @@ def wilson(hits: float, total: int) -> tuple[float, float]:
     centre = share + Z * Z / (2 * total)
     spread = Z * math.sqrt(share * (1 - share) / total + Z * Z / (4 * total * total))
     scale = 1 + Z * Z / total
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+    low = 0.0 if share == 0 else max(0.0, (centre - spread) / scale)  # exactly, where rounding is beside it
+    return low, 1.0 if share == 1 else min(1.0, (centre + spread) / scale)
 
 
 def bootstrap(

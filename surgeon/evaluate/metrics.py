@@ -89,6 +89,10 @@ def measure(outcomes: Outcomes, *, seed: int = 0, pass_at: Sequence[int] = ()) -
         share = found[name]["value"]
         if outcomes.samples == 1 or share in (0.0, 1.0):
             found[name] = _metric(share, wilson(float(values.mean(axis=1).sum()), count), count)
+    for name in (f"pass@{k}" for k in pass_at if f"pass@{k}" in found):
+        share = found[name]["value"]
+        if share in (0.0, 1.0):
+            found[name] = _metric(share, wilson(share * count, count), count)
     found["tokens_median"] = _metric(float(np.median(outcomes.tokens)), intervals["tokens_median"], count)
     if outcomes.correct is not None:
         per_token = per_thousand(means["accuracy"].mean(), means["tokens_mean"].mean())

@@ -272,6 +272,17 @@ def load(described: Described, *, device: str, dtype: str, template: bool = True
     return Loaded(model, encoder, stop_ids(path, encoder.tokenizer), limit if isinstance(limit, int) and limit > 0 else 0, tuple(notes))  # fmt: skip
 
 
+def refuse_encoder(described: Described) -> None:
+    """Refuse a model that fills masks (E392): transformers would give it a causal head and let it speak nonsense."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    kind = described.text.get("model_type")
+    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not described.text.get("is_decoder"):
+        raise InputError("E392", f"{described.name} is an encoder ({kind}): it sees the whole text and predicts no next token",
+                         where=Where(str(described.path)),
+                         help="questions and --perplexity need a decoder; --kl compares predictions of two encoders")  # fmt: skip
+
+
 def check_complete(info: dict[str, Any], path: Path) -> None:
     """Refuse a model whose loading left anything out or made anything up (E392)."""
     findings = []

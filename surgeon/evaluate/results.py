@@ -89,19 +89,21 @@ def outcomes_of(rows: Any, questions: QuestionSet, length: bool, path: Path) -> 
 
 
 def check_output(request: EvalRequest) -> None:
-    """Refuse a result file that would replace something else (E601)."""
+    """Refuse a result file that would replace something else (E601) or cannot be written (E502)."""
+    replies = request.reply_file() if request.samples_out else None
+    if replies is not None:
+        _check_folder(replies, "replies")
     path = request.result_file()
     if path is None:
         return
     if path.suffix != ".json":
         raise OutputConflict("E601", f"the result is one JSON file; {printable(path.name)} does not end in .json",
                              help="-o result.json; --report writes pages and plots")  # fmt: skip
-    if path.is_dir() or not path.absolute().parent.is_dir():
+    if path.is_dir():
         raise OutputConflict(
-            "E601",
-            f"{printable(str(path))} cannot be a result file",
-            help="give a file in an existing folder",
+            "E601", f"{printable(str(path))} is a folder", help="give a file: -o result.json"
         )
+    _check_folder(path, "result")
     if path.exists() and not request.overwrite:
         try:
             ours = read_json_object(path, LARGEST).get("command") == "eval"
@@ -110,6 +112,16 @@ def check_output(request: EvalRequest) -> None:
         if not ours:
             raise OutputConflict("E601", f"{printable(str(path))} exists and is no result of surgeon eval",
                                  help="choose another -o, or --overwrite")  # fmt: skip
+
+
+def _check_folder(path: Path, what: str) -> None:
+    parent = path.absolute().parent
+    if not parent.is_dir():
+        raise EnvironmentFault("E502", f"the folder for the {what} does not exist: {printable(str(parent))}",
+                               help=f"mkdir -p '{printable(str(parent))}'")  # fmt: skip
+    if not os.access(parent, os.W_OK):
+        raise EnvironmentFault("E502", f"no permission to write into {printable(str(parent))}",
+                               help="give a file in a folder of your own")  # fmt: skip
 
 
 def save(document: dict[str, Any], request: EvalRequest) -> None:

@@ -23,7 +23,16 @@ from surgeon.evaluate import gates, metrics
 from surgeon.evaluate.gates import Gate
 from surgeon.evaluate.intervals import noise_points
 from surgeon.evaluate.metrics import Outcomes
-from surgeon.evaluate.model import Described, Loaded, describe, find, load, resolve_device, resolve_dtype
+from surgeon.evaluate.model import (
+    Described,
+    Loaded,
+    describe,
+    find,
+    load,
+    refuse_encoder,
+    resolve_device,
+    resolve_dtype,
+)
 from surgeon.evaluate.questions import QuestionSet, read_questions
 from surgeon.evaluate.request import EvalRequest, build
 from surgeon.evaluate.results import check_output, outcomes_of, per_question, read_result, recorded, save
@@ -78,6 +87,7 @@ class _Evaluation:
         self.device = self.dtype = ""
         self.rows = 0
         self.texts: dict[tuple[str, str], Texts] = {}
+        self.cap = f"--max-new-tokens {request.max_new_tokens}"
 
     def run(self) -> dict[str, Any]:
         request, began = self.request, time.monotonic()
@@ -99,6 +109,9 @@ class _Evaluation:
             else None
         )
         reference = describe(find(request.kl, offline=request.offline)) if request.kl else None
+        if questions or request.tasks or request.perplexity:
+            for speaking in (m for m in (model, other) if m is not None):
+                refuse_encoder(speaking)
         self._place([m for m in (model, other, reference) if m is not None])
         with _threads(request.threads):
             self._texts(parsed, model, reference)
@@ -213,6 +226,8 @@ class _Evaluation:
             tell=self._step(role, "replies"), stop=self.stop,
         )  # fmt: skip
         measured.outcomes, self.rows = found.outcomes, found.rows
+        if not role and 0 < loaded.context <= self.request.max_new_tokens:
+            self.cap = f"the model's length of {loaded.context:,} tokens"
         self.notes.extend(found.notes)
         self._summarise(measured)
 
@@ -345,7 +360,7 @@ class _Evaluation:
             self.warnings.append(f"limited run: --limit {self.request.limit} left data out")
         if (found.get("cap_rate", {}).get("value") or 0.0) > MANY_CAPPED:
             self.warnings.append(
-                f"{found['cap_rate']['value']:.1%} of the replies hit the length limit: loops, or --max-new-tokens {self.request.max_new_tokens} is too low"
+                f"{found['cap_rate']['value']:.1%} of the replies hit the length limit: loops, or {self.cap} is too low"
             )
         accuracy = found.get("accuracy")
         if accuracy and accuracy["value"] is not None and accuracy["n"] < FEW_QUESTIONS:

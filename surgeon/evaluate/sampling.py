@@ -44,18 +44,18 @@ def choose(
         draws: [rows] float64 in [0, 1); None = greedy.
         temperature: above 0 with draws.
         top_p: keep the most probable tokens up to and including the one that reaches this mass; 1 = all.
-        top_k: keep this many; 0 = all.
+        top_k: keep this many; 0, or the vocabulary's size and more, = all.
     """
     if draws is None:
         return logits.argmax(dim=-1)
     scaled = logits.float() / temperature
-    if top_k and top_k < scaled.shape[-1]:
+    if 0 < top_k < scaled.shape[-1]:
         values, ids = scaled.topk(top_k, dim=-1)
+        shares = values.double().softmax(dim=-1)
     elif top_p < 1.0:
-        values, ids = _nucleus(scaled, top_p)
+        shares, ids = _nucleus(scaled, top_p)
     else:
         return _pick(scaled.softmax(dim=-1), draws)
-    shares = values.double().softmax(dim=-1) if top_k else values
     if top_p < 1.0:
         before = shares.cumsum(dim=-1) - shares
         shares = shares.masked_fill(before >= top_p, 0.0)

@@ -1,18 +1,20 @@
 """Measures on the models what a merge's adjustments need, and keeps it for the next run.
 
-What was measured lies in a folder under a name made of everything it depends on: the models' headers
-and times, the calibration tokens, the settings. A run that finds it there does not measure again, so an
-interrupted merge continues with the same numbers, and a measurement made on one machine serves another.
+What was measured lies in a folder under a name made of everything it depends on: the models' headers,
+times and configs, the calibration tokens, the settings. A run that finds it there does not measure again,
+so an interrupted merge continues with the same numbers. Layer strengths measured on another machine, where
+files have other times, are taken with --layer-scores.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,6 +94,7 @@ def measure(
         SurgeonError: whatever the data or the models give cause for.
     """
     settings_type = _settings_type()
+    made = [place for place in (folder / "activations", folder, *folder.parents) if not place.exists()]
     try:
         (folder / "activations").mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -104,16 +107,29 @@ def measure(
     run = _Run(spec, models, reference_model(spec), folder, settings, seed, offline,
                progress or (lambda title, done, total: None), stop)  # fmt: skip
     found = Measured()
-    for name in spec.adjust.measured:
-        part = {"aim": _aim, "acm": _acm, "sens": _sens, "fim": _fim}[name](run)
-        found = Measured(
-            part.importance or found.importance,
-            {**found.scores, **part.scores},
-            {**found.record, **part.record},
-            (*found.notes, *part.notes),
-        )
+    try:
+        for name in spec.adjust.measured:
+            part = {"aim": _aim, "acm": _acm, "sens": _sens, "fim": _fim}[name](run)
+            found = Measured(
+                part.importance or found.importance,
+                {**found.scores, **part.scores},
+                {**found.record, **part.record},
+                (*found.notes, *part.notes),
+            )
+    except BaseException:
+        _remove_empty(made)
+        raise
     shutil.rmtree(folder / "activations", ignore_errors=True)  # only an unfinished pass needs them again
     return found
+
+
+def _remove_empty(made: Sequence[Path]) -> None:
+    """Remove the folders this run made, innermost first, as far as it has put nothing into them."""
+    for place in made:
+        try:
+            place.rmdir()
+        except OSError:
+            return
 
 
 def _settings_type() -> type[Settings]:
@@ -166,9 +182,11 @@ def _has_both(sources: Sequence[tuple[str | None, str]], offline: bool) -> bool:
     return all(has_answer(values, "short") and has_answer(values, "long") for values in firsts)
 
 
-def _announce(text: CalibrationSet) -> list[str]:
+def _announce(run: _Run, text: CalibrationSet) -> list[str]:
     record = text.record
     plain = f"calibration on {record['samples']} texts, {record['tokens']:,} tokens of {record['name']}"
+    if not run.spec.calibration.sources:
+        plain += "; --calibration FILE takes your own"
     return [plain, *text.warnings]
 
 
@@ -182,7 +200,8 @@ def _identity(run: _Run, kind: str, models: Mapping[str, Checkpoint], *facts: An
         "version": __version__,
         "models": {
             key: [[h.sha256, h.stamp.size, h.stamp.mtime_ns] for h in c.headers]
-            + [getattr(c, "identity", "")]
+            # The config decides how weights are run: rotary base, norm epsilon, experts per token.
+            + [getattr(c, "identity", ""), c.config]
             for key, c in models.items()
         },
         "dtype": run.settings.dtype,
@@ -195,10 +214,22 @@ def _kept_scores(run: _Run, name: str, identity: str) -> Measured | None:
     file = run.folder / f"{name}-{identity}.json"
     if not file.is_file():
         return None
-    made_by = read_json_object(file).get("made_by", {})
-    return _as_measured(
-        name, read_layer_scores(file), made_by, (f"{name} is taken from {printable(file.name)}",)
-    )
+    with _kept(file):
+        made_by = read_json_object(file).get("made_by", {})
+        scores = read_layer_scores(file)
+    return _as_measured(name, scores, made_by, (f"{name} is taken from {printable(file.name)}",))
+
+
+@contextlib.contextmanager
+def _kept(file: Path) -> Iterator[None]:
+    """Name the way out of a damaged measurement: it is no download, and can be made again."""
+    try:
+        yield
+    except InputError as error:
+        error.help = (
+            f"it was measured by an earlier run; delete it to measure again: rm '{printable(str(file))}'"
+        )
+        raise
 
 
 def _keep_scores(run: _Run, name: str, identity: str, scores: Mapping[str, LayerScores], made_by: Mapping[str, Any],
@@ -231,10 +262,11 @@ def _aim(run: _Run) -> Measured:
 
     key = run.models[run.reference].key
     text = _text(run, run.base, key, None)
-    notes = _announce(text)
+    notes = _announce(run, text)
     file = run.folder / f"aim-{_identity(run, 'aim', {key: run.base}, text.record)}.safetensors"
     if file.is_file():
-        statistics = statistics_file.load(file)
+        with _kept(file):
+            statistics = statistics_file.load(file)
         notes.append(f"aim is taken from {printable(file.name)}")
     else:
         from surgeon.calibrate.statistics import MeanAbsolute, collect
@@ -279,7 +311,7 @@ def _acm(run: _Run) -> Measured:
             estimator=adjust.acm_estimator, progress=run.steps(f"agreement with {name}"), stop=run.stop,
         )  # fmt: skip
     made_by = {"method": "acm", "calibration": text.record, "models": facts}
-    return _keep_scores(run, "acm", identity, scores, made_by, tuple(_announce(text)))
+    return _keep_scores(run, "acm", identity, scores, made_by, tuple(_announce(run, text)))
 
 
 def _sens(run: _Run) -> Measured:
@@ -308,7 +340,7 @@ def _sens(run: _Run) -> Measured:
         stop=run.stop,
     )
     scores = {name: entry for name, entry in found.scores.items() if name != key}
-    notes = [n for text in texts.values() for n in _announce(text)]
+    notes = [n for text in texts.values() for n in _announce(run, text)]
     return _keep_scores(run, "sens", identity, scores, found.made_by, tuple(dict.fromkeys(notes)))
 
 

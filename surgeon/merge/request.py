@@ -114,6 +114,13 @@ def resolve(request: MergeRequest) -> Resolved:
         notes.append(
             f"{method.name.replace('_', '-')} needs a base; using {base} (last model). Set --base to choose another."
         )
+    if base is None and adjust.active and len(models) == 2:
+        shown = ", ".join(adjust.active).replace("_", "-")
+        notes.append(
+            f"{shown}: task vectors start at {models[-1]} (last model). Set --base to choose another."
+        )
+    if request.calibration and not set(adjust.measured) & {"aim", "acm", "sens"}:
+        notes.append("--calibration is not read: only aim, acm and sens look at text")
     if base is not None and method.base == "forbidden":
         raise UsageError("E205", f"{method.name.replace('_', '-')} takes no base", help="leave out --base")
     if len(set(models)) != len(models):
@@ -315,7 +322,7 @@ def sweep_points(request: MergeRequest, method: Method, adjust: Adjustments) -> 
             continue
         if hasattr(adjust, name) and name not in method.table:
             raise UsageError("E215", f"--sweep {name}: of the adjustments only aim can be swept, and it must be in use",
-                             help="run once for each value; measurements in --work are used again")  # fmt: skip
+                             help="run once for each value")  # fmt: skip
         if name not in method.table:
             raise unknown_parameter(name, method)
         if method.table[name].kind not in {"float", "int"}:

@@ -9,6 +9,6 @@ Standard library only, PNG excepted (matplotlib, imported when asked for). Equal
 from __future__ import annotations
 
 from surgeon.report.documents import SCHEMAS, load, validate
-from surgeon.report.writing import FORMATS, format_of, render, write
+from surgeon.report.writing import FORMATS, check_place, format_of, render, write
 
-__all__ = ["FORMATS", "SCHEMAS", "format_of", "load", "render", "validate", "write"]
+__all__ = ["FORMATS", "SCHEMAS", "check_place", "format_of", "load", "render", "validate", "write"]

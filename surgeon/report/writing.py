@@ -96,6 +96,22 @@ def write(
     return destination
 
 
+def check_place(path: str | Path) -> None:
+    """Refuse what `write` would refuse after the work: a wrong suffix, a folder, no folder to write into."""
+    destination = Path(path)
+    format_of(destination)
+    shown = visible(destination)
+    if destination.exists() and not destination.is_file():
+        raise OutputConflict("E601", f"{shown} is not a file", where=Where(shown), help="choose another -o")
+    if not destination.absolute().parent.is_dir():
+        raise _no_folder(shown)
+
+
+def _no_folder(shown: str) -> EnvironmentFault:
+    return EnvironmentFault("E503", f"the folder of {shown} does not exist", where=Where(shown),
+                            help="make it first, or choose another file")  # fmt: skip
+
+
 def publish(destination: Path, content: bytes) -> None:
     """Put a file in place: complete, or not at all."""
     shown = visible(destination)
@@ -117,8 +133,7 @@ def publish(destination: Path, content: bytes) -> None:
             "E502", f"cannot write {shown}: permission denied", where=Where(shown), help="choose another -o"
         ) from None
     except (FileNotFoundError, NotADirectoryError):
-        raise EnvironmentFault("E503", f"the folder of {shown} does not exist", where=Where(shown),
-                               help="make it first, or choose another -o") from None  # fmt: skip
+        raise _no_folder(shown) from None
     except OSError as error:
         raise EnvironmentFault(
             "E505", f"cannot write {shown}: {error.strerror or error}", where=Where(shown)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from surgeon.calibrate.data import CalibrationSet, load, permutation, random_tokens
+from surgeon.calibrate.data import CalibrationSet, Sample, _ids_digest, load, permutation, random_tokens
 from surgeon.calibrate.fields import Unfit, parts_of
 from surgeon.calibrate.packing import packed, passages
 from surgeon.calibrate.tokens import Encoder, common_prefix, load_encoder
@@ -567,6 +567,17 @@ def test_no_cut_falls_into_a_special_token():
     parts = [p for _, p in passages(text, 2, ("<|pad|>", "<|end|>"))]
     assert "".join(parts) == text and len(parts) > 5
     assert sum(p.count("<|pad|>") + p.count("<|end|>") for p in parts) == 100
+
+
+def test_the_digest_tells_answers_and_samples_apart():
+    """Measurements are kept under it: the same ids cut or answered elsewhere give other numbers."""
+    ids = np.arange(1, 5)
+    cases = [
+        [Sample(ids, 0)], [Sample(ids, 2)], [Sample(ids, 3)], [Sample(ids[:2], 0), Sample(ids[2:], 0)],
+        [Sample(ids[2:], 0), Sample(ids[:2], 0)], [Sample(ids[:3], 0), Sample(ids[3:], 0)], [Sample(ids[::-1], 0)],
+    ]  # fmt: skip
+    assert len({_ids_digest(samples) for samples in cases}) == len(cases)
+    assert _ids_digest([Sample(ids.astype(np.int32), 2, "other", 7)]) == _ids_digest([Sample(ids, 2)])
 
 
 # --- data-free and shipped -------------------------------------------------------------------------

@@ -151,6 +151,19 @@ def test_router_counts_and_mass():
     )  # only one matrix of each is counted
 
 
+def test_router_mass_of_sigmoids_is_divided_by_their_sum():
+    counts = RouterCounts(4, "sigmoid")
+    logits = activations(50, 4)
+    for part in logits.split([20, 0, 30]):
+        counts.observe("model.layers.1.mlp.gate", activations(len(part)), part, None)
+    (mass,) = counts.mass().values()
+    shares = 1 / (1 + np.exp(-logits.double().numpy()))
+    np.testing.assert_allclose(mass, (shares / shares.sum(1, keepdims=True)).mean(0), rtol=1e-6)
+    assert mass.sum() == pytest.approx(1.0, rel=1e-6)
+    with pytest.raises(ValueError):
+        RouterCounts(4, "sparsemax")
+
+
 def test_captured_outputs_come_back_from_memory_and_from_files(tmp_path):
     capture = OutputCapture({A, B}, tmp_path, inputs={A}, memory_limit=100)
     wanted = {}

@@ -192,6 +192,25 @@ def test_large_layers_are_streamed_without_being_asked():
     assert tight._memory.streamed == {0, 2}  # layer 1 is dense
 
 
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_padding_is_routed_but_never_shown(family, stream):
+    """Rows that fill a batch go through the experts like others; no expert's statistics may hold them."""
+    found = []
+    for batched in (True, False):
+        settings = Settings(threads=1, batch_tokens=64, stream_experts=stream)
+        walk = Walk(open_path(model_folder(family)), texts(), settings, per_sample=not batched)
+        assert any(batch.padded for batch in walk.batches) is batched
+        sums = Sums()
+        with walk:
+            walk.run(sums)
+        found.append(sums)
+    together, alone = found
+    assert together.rows == alone.rows and any(".experts." in name for name in alone.rows)
+    for name, wanted in alone.sums.items():
+        close(together.sums[name], wanted)
+
+
 def test_sizes_of_padded_multiplications():
     sizes = [usual_rows(rows) for rows in range(1, 5000)]
     assert all(

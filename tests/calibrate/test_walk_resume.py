@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -132,6 +133,52 @@ def test_another_pass_does_not_take_it_up(tmp_path, samples, more):
     _, _, stages = finish(tmp_path, samples, **more)
     assert stages == [1, 2, 3, 4, 5]
     assert len(list(tmp_path.iterdir())) == 2  # and the first one's work is still there
+
+
+class Few(Sums):
+    """The same sums, of other modules."""
+
+
+def run_with(spill, sums, folder, **options):
+    stages = []
+    with Walk(open_path(folder), texts(), settings(spill), **options) as walk:
+        walk.run(sums, resume=True, progress=lambda done, total: stages.append(done))
+    return stages
+
+
+def edit_config(folder):
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "rms_norm_eps": 0.1}))
+
+
+def touch(folder):
+    (file,) = folder.glob("*.safetensors")
+    os.utime(file, ns=(0, 0))
+
+
+@pytest.mark.parametrize("change", [edit_config, touch])
+def test_a_model_that_was_changed_in_place_is_run_from_the_start(tmp_path, change):
+    folder, spill = tmp_path / "model", tmp_path / "spill"
+    shutil.copytree(model_folder("qwen3_moe"), folder)
+    assert run_with(spill, Sums(), folder) == [1, 2, 3, 4, 5]
+    assert run_with(spill, Sums(), folder) == []
+    change(folder)
+    assert run_with(spill, Sums(), folder) == [1, 2, 3, 4, 5]
+
+
+def test_what_another_observer_has_seen_is_not_taken_for_this_ones(tmp_path, monkeypatch):
+    folder = model_folder("qwen3_moe")
+    assert run_with(tmp_path, Sums(), folder) == [1, 2, 3, 4, 5]
+    assert run_with(tmp_path, Few(), folder) == [1, 2, 3, 4, 5]  # another class
+    few = Sums()
+    monkeypatch.setattr(few, "wants", lambda module: module.endswith("down_proj"))
+    assert run_with(tmp_path, few, folder) == [1, 2, 3, 4, 5]  # other modules
+    assert all(module.endswith("down_proj") for module in few.sums)
+    named = Sums()
+    named.identity = "per channel"
+    assert run_with(tmp_path, named, folder) == [1, 2, 3, 4, 5]  # other settings
+    assert run_with(tmp_path, Sums(), folder, per_sample=True) == [1, 2, 3, 4, 5]
+    assert run_with(tmp_path, Sums(), folder) == []
 
 
 def test_observers_without_state_start_over(tmp_path):

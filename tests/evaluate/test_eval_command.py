@@ -161,6 +161,29 @@ def test_a_model_that_does_not_load_as_it_is_is_refused(surgeon, question_file, 
     assert ran.code == 3 and "E392" in ran.err
 
 
+@pytest.mark.parametrize("asked", [["--questions", "FILE"], ["--perplexity", "shipped"]])
+def test_an_encoder_predicts_no_next_token(surgeon, question_file, tmp_path, asked):
+    import tiny_models
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    tiny_models.build("bert").save_pretrained(tmp_path / "encoder")
+    for file in (MODELS / "short").glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "encoder")
+    ran = surgeon(tmp_path / "encoder", *(str(question_file(2)) if a == "FILE" else a for a in asked))
+    assert ran.code == 3 and "E392" in ran.err and "encoder" in ran.err
+
+
+def test_the_limit_that_cut_the_replies_is_named(surgeon, question_file, tmp_path):
+    short = shutil.copytree(MODELS / "short", tmp_path / "short")
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 48}))
+    ran = surgeon(short, "--questions", question_file(2))
+    assert "or the model's length of 48 tokens is too low" in ran.err
+    ran = surgeon(short, "--questions", question_file(2), "--max-new-tokens", 3)
+    assert "or --max-new-tokens 3 is too low" in ran.err
+
+
 def test_reports_are_written(surgeon, question_file, tmp_path):
     file = question_file(4)
     for suffix in ("md", "html", "svg"):
@@ -186,7 +209,9 @@ REFUSED = [
     (["--questions", "FILE", "--gate", "accuracy >= ref", "--kl", "MODEL"], "E229"),
     (["--questions", "FILE", "--gate", "speed > 1"], "E226"),
     (["--questions", "FILE", "-o", "result.txt"], "E601"),
-    (["--questions", "FILE", "-o", "no/such/folder/r.json"], "E601"),
+    (["--questions", "FILE", "-o", "no/such/folder/r.json"], "E502"),
+    (["--questions", "FILE", "--samples-out", "no/such/folder/r.jsonl"], "E502"),
+    (["--questions", "FILE", "--report", "no/such/folder/r.html"], "E503"),
 ]
 
 
@@ -199,7 +224,8 @@ def test_what_cannot_work_is_refused_before_a_model_is_loaded(
     monkeypatch.setattr(run, "load", lambda *a, **k: pytest.fail("a model was loaded"))
     given = [{"FILE": str(question_file(2)), "MODEL": str(MODELS / "long")}.get(a, a) for a in arguments]
     ran = surgeon(MODELS / "short", *given)
-    assert ran.code in {2, 6} and f"error[{code}]" in ran.err and "help:" in ran.err
+    assert ran.code == {"E2": 2, "E5": 5, "E6": 6}[code[:2]]
+    assert f"error[{code}]" in ran.err and "help:" in ran.err
 
 
 def test_a_foreign_file_is_not_replaced_by_the_result(surgeon, question_file, tmp_path):

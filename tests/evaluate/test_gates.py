@@ -49,6 +49,8 @@ def test_expressions_mean_what_python_means(text):
         ("kl <= 1e-3", 0.001, True),
         ("kl == .5", 0.5, True),
         ("a > -1", -0.5, True),
+        ("a >= 0.5", 0.5, True),
+        ("a > 0.5", 0.5, False),
     ],
 )
 def test_decisions(text, value, passed):

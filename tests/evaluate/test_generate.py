@@ -186,7 +186,8 @@ def filtered(logits: torch.Tensor, temperature: float, top_p: float, top_k: int)
 
 @pytest.mark.parametrize(
     ("temperature", "top_p", "top_k"),
-    [(1.0, 1.0, 0), (0.6, 0.95, 20), (1.5, 0.7, 0), (0.8, 1.0, 5), (1.0, 0.3, 0), (1.0, 1e-9, 0), (1.0, 0.999, 3), (3.0, 0.9999, 0)],
+    [(1.0, 1.0, 0), (0.6, 0.95, 20), (1.5, 0.7, 0), (0.8, 1.0, 5), (1.0, 0.3, 0), (1.0, 1e-9, 0), (1.0, 0.999, 3), (3.0, 0.9999, 0),
+     (1.0, 0.95, 300), (0.6, 0.95, 1000), (1.0, 1.0, 1000)],  # as many as there are tokens, and more
 )  # fmt: skip
 def test_evenly_spread_draws_give_exactly_the_filtered_distribution(temperature, top_p, top_k, monkeypatch):
     monkeypatch.setattr(

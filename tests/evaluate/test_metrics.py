@@ -143,3 +143,15 @@ def test_reflection_words_are_whole_words():
 def test_noise_is_that_of_two_independent_shares():
     assert intervals.noise_points(0.5, 100) == pytest.approx(13.86, abs=0.01)
     assert 0 < intervals.noise_points(1.0, 30) < intervals.noise_points(0.5, 30)
+
+
+def test_intervals_of_all_and_none_end_exactly():
+    for count in (3, 10, 30, 77):
+        assert intervals.wilson(0, count)[0] == 0.0 and intervals.wilson(count, count)[1] == 1.0
+
+
+@pytest.mark.parametrize("right", [False, True])
+def test_pass_at_k_of_all_or_none_has_an_interval(right):
+    found = metrics.measure(outcomes(correct=np.full((10, 4), right)), pass_at=(2,))["pass@2"]
+    theirs = stats.binomtest(10 * right, 10).proportion_ci(0.95, method="wilson")
+    assert (found["low"], found["high"]) == pytest.approx((theirs.low, theirs.high), abs=1e-12)

@@ -7,6 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
+import tiny_models
 import torch
 from running_sums import MODELS, asked
 from transformers import AutoModelForCausalLM
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from surgeon.calibrate import head as heads
 from surgeon.calibrate.settings import Settings
 from surgeon.calibrate.tokens import load_encoder
+from surgeon.checkpoint.checkpoint import open_path
 from surgeon.errors import InputError
 from surgeon.evaluate import divergence, perplexity, texts
 from surgeon.evaluate.model import describe, find, open_stored
@@ -54,7 +56,9 @@ def log_shares(name, passages):
     return [x[p.first - 1 : -1].log_softmax(-1) for x, p in zip(logits, passages, strict=True)]
 
 
-def test_losses_equal_the_whole_model(working):
+@pytest.mark.parametrize("block", [heads.BLOCK_BYTES, 4096], ids=["whole head", "blocks of rows"])
+def test_losses_equal_the_whole_model(working, monkeypatch, block):
+    monkeypatch.setattr(heads, "BLOCK_BYTES", block)
     found_texts = texts_of(working)
     found = perplexity.token_losses(open_stored(described("base")), found_texts.passages, Settings())
     for mine, shares, passage in zip(
@@ -128,6 +132,29 @@ def test_divergence_equals_brute_force(working, monkeypatch):
     pieces = divergence.divergence(*pair, found_texts.passages, Settings())
     np.testing.assert_allclose(np.concatenate(pieces.kl), np.concatenate(whole.kl), rtol=1e-4, atol=1e-5)
     assert (np.concatenate(pieces.agreement) == np.concatenate(whole.agreement)).all()
+
+
+def test_divergence_of_encoders_goes_through_their_whole_head(tmp_path):
+    """BERT transforms its states before the output matrix."""
+    models, chance = [], np.random.default_rng(0)
+    for seed in range(2):
+        torch.manual_seed(seed)
+        model = tiny_models.build("bert").eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.3 * torch.randn_like(parameter))
+        model.save_pretrained(tmp_path / f"m{seed}")
+        models.append(model)
+    passages = [texts.Passage(chance.integers(3, 60, n), 1) for n in (9, 12, 9)]
+    found = divergence.divergence(
+        *(open_path(tmp_path / f"m{seed}") for seed in range(2)), passages, Settings()
+    )
+    for i, passage in enumerate(passages):
+        with torch.no_grad():
+            q, p = (
+                m(torch.from_numpy(passage.ids)[None]).logits[0, :-1].double().log_softmax(-1) for m in models
+            )
+        np.testing.assert_allclose(found.kl[i], (p.exp() * (p - q)).sum(-1).numpy(), rtol=1e-4, atol=1e-5)
 
 
 def test_a_model_does_not_diverge_from_itself(working):

@@ -212,3 +212,72 @@ def test_without_torch_the_way_out_is_named(surgeon, tmp_path, calibration, monk
     )  # fmt: skip
     assert done.code == 5 and "torch" in done.err and "model-surgeon[run]" in done.err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_document_names_the_plan_that_was_run(surgeon, tmp_path, calibration):
+    """The plan's id and values are those after measuring, and what was said before stays said."""
+    done = surgeon(
+        "merge", MODELS / "long", MODELS / "short", "--method", "aim-ties", "--calibration", calibration, "--samples", "4",
+        "-o", tmp_path / "out", "--json",
+    )  # fmt: skip
+    manifest = json.loads((tmp_path / "out" / "surgeon.json").read_text())
+    assert done.document["plan"]["id"] == manifest["plan"]
+    assert done.document["plan"]["measured"] == manifest["recipe"]["measured"]
+    assert any("needs a base" in note for note in done.document["notes"])
+
+
+def test_a_refusal_leaves_no_empty_folder(surgeon, tmp_path):
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    done = surgeon(
+        "merge", MODELS / "long", MODELS / "short", "--method", "aim-ties", "--calibration", empty, "-o", tmp_path / "out"
+    )  # fmt: skip
+    assert done.code == 3 and "E372" in done.err
+    assert list(tmp_path.iterdir()) == [empty]
+
+
+def test_another_result_is_refused_before_models_are_run(surgeon, tmp_path, calibration, monkeypatch):
+    from surgeon.merge import measure
+
+    merge(surgeon, tmp_path, calibration, "--method", "ties")
+    monkeypatch.setattr(measure, "measure", lambda *a, **k: pytest.fail("models were run"))
+    done = surgeon("merge", MODELS / "long", MODELS / "short", "--method", "aim-ties", "-o", tmp_path / "out")
+    assert done.code == 6 and "E601" in done.err
+
+
+def test_the_same_command_finds_its_own_result(surgeon, tmp_path, calibration):
+    options = ("merge", MODELS / "long", MODELS / "short", "--method", "aim-ties", "--calibration", calibration,
+               "--samples", "4", "-o", tmp_path / "out")  # fmt: skip
+    assert surgeon(*options).code == 0
+    again = surgeon(*options)
+    assert again.code == 0 and "unchanged" in again.out
+
+
+@pytest.mark.parametrize("method", ["aim-ties", "acm-ties"])
+def test_a_damaged_measurement_is_named_as_one(surgeon, tmp_path, calibration, method):
+    work = tmp_path / "work"
+    merge(surgeon, tmp_path, calibration, "--method", method, "--work", work, name="first")
+    (file,) = (p for p in work.iterdir() if p.is_file())
+    file.write_bytes(file.read_bytes()[:50])
+    done = surgeon(
+        "merge", MODELS / "long", MODELS / "short", "--calibration", calibration, "--samples", "8", "--seed", "3",
+        "--method", method, "--work", work, "-o", tmp_path / "second",
+    )  # fmt: skip
+    assert done.code == 3 and file.name in done.err and "delete it to measure again" in done.err
+
+
+def test_a_sweep_names_a_command_that_works(surgeon, tmp_path, calibration):
+    done = surgeon(
+        "merge", MODELS / "long", MODELS / "short", "--method", "ties", "--sweep", "lambda=0.5,0.8", "-o", tmp_path / "sweep"
+    )  # fmt: skip
+    assert f"surgeon verify {tmp_path / 'sweep' / 'lambda=0.5'} --generate" in done.err
+
+
+def test_what_is_assumed_or_not_used_is_said(surgeon, tmp_path, calibration):
+    assumed = surgeon(
+        "merge", MODELS / "long", MODELS / "short", "--method", "linear", "--delta-rank", "0.5", "--calibration", calibration,
+        "--dry-run", "-o", tmp_path / "out",
+    )  # fmt: skip
+    assert assumed.code == 0
+    assert f"task vectors start at {MODELS / 'short'}" in assumed.err
+    assert "--calibration is not read" in assumed.err

@@ -411,6 +411,8 @@ def test_sens_equals_plain_autograd(scratch, tied, transfer):
                 sums[group] = sums.get(group, 0.0) + (parameter * parameter.grad).abs().sum().item()
             _, theirs = plain_backward(plain[other], sample)
             distances.append((logits - theirs).norm(dim=1).mean().item())
+        means = {str(group): value / len(texts[name].samples) for group, value in sums.items()}
+        assert found.made_by["sensitivity"][name] == pytest.approx(means, rel=1e-4)
         norm = math.sqrt(sum(value**2 for value in sums.values()))
         alphas[name] = {group: value / norm for group, value in sums.items()}
         if "lm_head" not in alphas[name]:
@@ -524,6 +526,38 @@ def test_fim_equals_plain_autograd(scratch, tied):
         expected = 1 / (1 + math.exp((logs[plain_group(name)] - mean) / deviation))
         expected *= 0.7 if "gate_proj" in name else 1.0
         assert found.scores["long"].factor(name) == pytest.approx(expected, rel=1e-4), name
+
+
+def test_fisher_information_counts_experts_that_no_token_reached(scratch):
+    """Their gradient is zero, so they lower the mean of their layer."""
+    import torch
+    import transformers
+
+    from surgeon.calibrate.data import Sample
+    from surgeon.calibrate.settings import Settings
+    from surgeon.checkpoint.checkpoint import open_path
+
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=24,
+        vocab_size=67, num_local_experts=6, num_experts_per_tok=1, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = transformers.MixtralForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(8.0 if parameter.ndim > 1 else 1.0)
+    model.save_pretrained(scratch / "m")
+    opened = open_path(scratch / "m")
+    options = fim.Options(sequences=1, length=3)
+    found = fim.measure(opened, {"m": opened}, Settings(threads=1), seed=2, options=options).made_by["fisher"]
+    plain_backward(model, Sample(fim.random_tokens(67, 2, 1, 3)[0], 0))
+    for layer in range(2):
+        parameters = list(model.model.layers[layer].parameters())
+        squares = [p.grad.square() for p in parameters]
+        stacked = [s for s in squares if s.ndim == 3]
+        assert stacked and all(int(s.flatten(1).any(1).sum()) <= 3 for s in stacked)  # of six
+        mean = sum(s.sum().item() for s in squares) / sum(p.numel() for p in parameters)
+        assert found[str(layer)] == pytest.approx(mean, rel=1e-3)
 
 
 def test_fim_keeps_norms_within_five_percent(scratch):
