@@ -23,7 +23,7 @@ from surgeon.checkpoint.patterns import matches
 from surgeon.errors import InputError, SurgeonError, UsageError, Where, raise_all
 from surgeon.merge import align
 from surgeon.merge.align import Findings
-from surgeon.merge.copying import Cast, Copy, CopyIfEqual
+from surgeon.copying import Cast, Copy, CopyIfEqual
 from surgeon.merge.lints import lint
 from surgeon.merge.method import Binding, Method
 from surgeon.merge.methods import catalogue

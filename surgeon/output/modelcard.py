@@ -87,6 +87,8 @@ class CardData:
         licence_files: names of the licence and notice files in the folder.
         notices: further facts a user must know (dropped tensors, changed context length, ...).
         version: program version.
+        verb: "merge", "prune", "edit" or "export".
+        remote_code: the folder needs the code files that lie in it.
     """
 
     title: str
@@ -107,6 +109,8 @@ class CardData:
     licence_files: tuple[str, ...] = ()
     notices: tuple[str, ...] = ()
     version: str | None = None
+    verb: str = "merge"
+    remote_code: bool = False
 
 
 def read_front_matter(text: str) -> dict[str, Any]:
@@ -282,7 +286,7 @@ def _front_matter(data: CardData) -> str:
     languages = list(dict.fromkeys(language for s in data.sources for language in s.languages))
     if languages:
         keys["language"] = languages
-    tags = ["surgeon", "merge", data.method.replace("_", "-"), *data.tags]
+    tags = ["surgeon", data.verb, data.method.replace("_", "-"), *data.tags]
     keys["tags"] = list(dict.fromkeys(tags))
     keys = {
         k: [printable(v) for v in value] if isinstance(value, list) else printable(value)
@@ -300,7 +304,12 @@ def _summary(data: CardData) -> str:
         size.append(_text(data.dtype))
     if data.weight_bytes is not None:
         size.append(f"{data.weight_bytes:,} bytes of weights")
-    sentence = f"A merge of {len(data.sources)} models ({names}) with the method {_code(data.method)}."
+    sentence = {
+        "merge": f"A merge of {len(data.sources)} models ({names}) with the method {_code(data.method)}.",
+        "prune": f"A smaller model cut from {names} with the method {_code(data.method)}.",
+        "edit": f"{names} with its weights edited by the method {_code(data.method)}.",
+        "export": f"A member of the nested family {names}.",
+    }[data.verb]
     return sentence + (f"\n\n{', '.join(size)}." if size else "")
 
 
@@ -320,22 +329,36 @@ def _details(data: CardData) -> str:
 
 
 def _snippets(data: CardData) -> str:
-    return (
-        "Loads in stock transformers; nothing else needs to be installed.\n\n"
+    auto = "AutoModelForCausalLM" if data.pipeline_tag in (None, "text-generation") else "AutoModel"
+    lead, argument = "Loads in stock transformers; nothing else needs to be installed.", ""
+    if data.remote_code:
+        lead = (
+            "Its layers differ in size, which no stock class describes: the modelling code lies in this folder, and "
+            "transformers asks for your consent to run it."
+        )
+        argument = ", trust_remote_code=True"
+    text = (
+        f"{lead}\n\n"
         "```python\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f"from transformers import {auto}, AutoTokenizer\n\n"
         'path = "."  # this folder, or the id under which it is published\n'
         "tokenizer = AutoTokenizer.from_pretrained(path)\n"
-        'model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")\n'
-        "```\n\n"
-        "With vLLM:\n\n"
-        "```sh\n"
-        "vllm serve .\n"
+        f'model = {auto}.from_pretrained(path, dtype="auto"{argument})\n'
         "```"
     )
+    if data.remote_code or auto == "AutoModel":
+        return text
+    return text + "\n\nWith vLLM:\n\n```sh\nvllm serve .\n```"
 
 
 def _limitations(data: CardData) -> str:
+    if data.verb != "merge":
+        done = {"prune": "pruned", "edit": "edited", "export": "pruned"}[data.verb]
+        return (
+            f"A {done} model has been computed, not trained: evaluate it on your task before use. It has the limitations "
+            f"and biases of its source; knowledge the evaluation does not ask for may be lost, and safety training may "
+            "not survive."
+        )
     return (
         "A merged model has been computed, not trained: evaluate it on your task before use. It inherits the "
         "limitations and biases of every input, and safety training of an input may not survive. Answers can be "

@@ -27,7 +27,7 @@ from surgeon.errors import InputError, UsageError
 from surgeon.kernels import cast, fused
 from surgeon.merge import aim, align
 from surgeon.merge.combination import Combination, Fixed
-from surgeon.merge.copying import Copy
+from surgeon.copying import Copy
 from surgeon.merge.methods.dler import Dler, stochastic
 from surgeon.merge.methods.linear import Linear
 from surgeon.merge.methods.passthrough import Scaled

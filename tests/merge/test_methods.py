@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from surgeon.errors import InputError, UsageError
 from surgeon.kernels import cast
-from surgeon.merge.copying import Cast, Copy, CopyIfEqual
+from surgeon.copying import Cast, Copy, CopyIfEqual
 from surgeon.merge.methods import catalogue, names
 from surgeon.merge.methods.dler import stochastic
 from surgeon.plan import Block

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from surgeon.merge.combination import Combination, length, norms
-from surgeon.merge.copying import Cast
+from surgeon.copying import Cast
 from surgeon.merge.method import Binding, Method, Parameter
 from surgeon.plan import Operation
 

@@ -12,7 +12,7 @@ from surgeon.checkpoint.header import printable
 from surgeon.errors import InputError, UsageError, Where
 from surgeon.kernels import cast
 from surgeon.merge.combination import Combination, length, norms
-from surgeon.merge.copying import Cast
+from surgeon.copying import Cast
 from surgeon.merge.method import Binding, Method, Parameter
 from surgeon.plan import Operation
 
