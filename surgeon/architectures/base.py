@@ -114,6 +114,8 @@ class Architecture:
         extra_layers: how many layers beyond the configured number a checkpoint may hold.
         expert_layer_keys: the keys that decide which layers hold experts, where not all do.
         spelling: older endings of norm tensors, tried as a further layout: (old ending, new ending).
+        branch_norms: norms of a layer that serve nothing but its attention, and nothing but its FFN.
+        post_norm: whether a layer's residual sum itself is normalised, so that no weights make it pass through.
     """
 
     model_type: str
@@ -132,6 +134,11 @@ class Architecture:
     extra_layers: Callable[[Settings], int] = no_layers
     expert_layer_keys: tuple[str, ...] = ()
     spelling: tuple[tuple[str, str], ...] = ()
+    branch_norms: tuple[tuple[str, ...], tuple[str, ...]] = (
+        ("input_layernorm",),
+        ("post_attention_layernorm",),
+    )
+    post_norm: bool = False
 
     def settings(self, config: Config) -> Settings:
         """Return the configuration with this family's defaults behind it."""

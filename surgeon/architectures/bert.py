@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from surgeon.architectures.base import Architecture, Part, Tensor
-from surgeon.architectures.blocks import grouped, labels, linear, norm
+from surgeon.architectures.blocks import grouped, labels, linear, norm, quotient
 from surgeon.architectures.rules import heads_divide_hidden
 from surgeon.architectures.settings import Settings, Size
 
@@ -16,11 +16,17 @@ LANGUAGE_MODELS = ("ForMaskedLM", "LMHeadModel", "ForPreTraining")
 
 
 def _sizes(settings: Settings) -> dict[str, Size]:
+    hidden, heads = settings.size("hidden_size"), settings.size("num_attention_heads")
     return {
         "vocab": settings.size("vocab_size"),
         "positions": settings.size("max_position_embeddings"),
         "segments": settings.size("type_vocab_size"),
-        "hidden": settings.size("hidden_size"),
+        "hidden": hidden,
+        "heads": heads,
+        "groups": heads,
+        "head_dim": quotient(hidden, heads),
+        "query": hidden,
+        "key_value": hidden,
         "ffn": settings.size("intermediate_size"),
         "one": Size(1, ()),
         "two": Size(2, ()),
@@ -38,10 +44,10 @@ def _outer(settings: Settings) -> Iterator[Part]:
 
 
 def _attention(path: str, kind: str) -> Iterator[Tensor]:
-    yield from linear(f"{path}.self.query", "hidden", "hidden", f"{kind}_q", bias=True)
-    yield from linear(f"{path}.self.key", "hidden", "hidden", f"{kind}_k", bias=True)
-    yield from linear(f"{path}.self.value", "hidden", "hidden", f"{kind}_v", bias=True)
-    yield from linear(f"{path}.output.dense", "hidden", "hidden", f"{kind}_o", bias=True)
+    yield from linear(f"{path}.self.query", "query", "hidden", f"{kind}_q", bias=True)
+    yield from linear(f"{path}.self.key", "key_value", "hidden", f"{kind}_k", bias=True)
+    yield from linear(f"{path}.self.value", "key_value", "hidden", f"{kind}_v", bias=True)
+    yield from linear(f"{path}.output.dense", "hidden", "query", f"{kind}_o", bias=True)
     yield from norm(f"{path}.output.LayerNorm", bias=True)
 
 
@@ -104,4 +110,6 @@ ARCHITECTURE = Architecture(
     },
     rules=(heads_divide_hidden(),),
     spelling=((".gamma", ".weight"), (".beta", ".bias")),
+    branch_norms=((), ()),  # both normalise the residual sum
+    post_norm=True,
 )

@@ -29,6 +29,7 @@ def decoder_sizes(settings: Settings) -> dict[str, Size]:
         "vocab": settings.size("vocab_size"),
         "hidden": hidden,
         "heads": heads,
+        "groups": key_value,
         "head_dim": head,
         "query": product(heads, head),
         "key_value": product(key_value, head),

@@ -39,4 +39,8 @@ ARCHITECTURE = Architecture(
     default_tie=True,
     defaults={"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256},
     rules=(heads_divide_hidden(), key_values_divide_heads, layer_lists_fit),
+    branch_norms=(
+        ("input_layernorm", "post_attention_layernorm"),
+        ("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    ),
 )

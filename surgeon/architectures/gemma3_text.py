@@ -46,4 +46,8 @@ ARCHITECTURE = Architecture(
         "head_dim": 256,
     },
     rules=(heads_divide_hidden(), key_values_divide_heads, layer_lists_fit),
+    branch_norms=(
+        ("input_layernorm", "post_attention_layernorm"),
+        ("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    ),
 )

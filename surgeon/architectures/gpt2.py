@@ -5,24 +5,29 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from surgeon.architectures.base import Architecture, Tensor
-from surgeon.architectures.blocks import labels, linear, norm, twice
+from surgeon.architectures.blocks import labels, linear, norm, quotient, twice
 from surgeon.architectures.rules import aliases_agree, heads_divide_hidden
 from surgeon.architectures.settings import Settings, Size
 
 HIDDEN = ("n_embd", "hidden_size")
+HEADS = ("n_head", "num_attention_heads")
 LAYERS = ("n_layer", "num_hidden_layers")
 POSITIONS = ("n_positions", "max_position_embeddings")
 
 
 def _sizes(settings: Settings) -> dict[str, Size]:
-    hidden = settings.size(*HIDDEN)
+    hidden, heads = settings.size(*HIDDEN), settings.size(*HEADS)
     inner = settings.optional_integer("n_inner")
     return {
         "vocab": settings.size("vocab_size"),
         "positions": settings.size(*POSITIONS),
         "hidden": hidden,
-        "two_hidden": twice(hidden),
-        "three_hidden": Size(3 * hidden.value, hidden.keys),
+        "heads": heads,
+        "groups": heads,
+        "head_dim": quotient(hidden, heads),
+        "query": hidden,
+        "two_queries": twice(hidden),
+        "query_key_value": Size(3 * hidden.value, hidden.keys),
         "ffn": Size(inner, ("n_inner",)) if inner else Size(4 * hidden.value, ("n_inner", *hidden.keys)),
         "one": Size(1, ()),
         "two": Size(2, ()),
@@ -43,15 +48,15 @@ def _projection(name: str, rows: str, columns: str, kind: str) -> Iterator[Tenso
 
 def _layer(settings: Settings, index: int) -> Iterator[Tensor]:
     yield from norm("ln_1", bias=True)
-    yield from _projection("attn.c_attn", "three_hidden", "hidden", "attention_qkv")
-    yield from _projection("attn.c_proj", "hidden", "hidden", "attention_o")
+    yield from _projection("attn.c_attn", "query_key_value", "hidden", "attention_qkv")
+    yield from _projection("attn.c_proj", "hidden", "query", "attention_o")
     yield Tensor("attn.bias", None, "buffer", optional=True)
     yield Tensor("attn.masked_bias", None, "buffer", optional=True)
     if settings.flag("add_cross_attention"):
         yield from norm("ln_cross_attn", bias=True)
-        yield from _projection("crossattention.c_attn", "two_hidden", "hidden", "cross_attention_kv")
-        yield from _projection("crossattention.q_attn", "hidden", "hidden", "cross_attention_q")
-        yield from _projection("crossattention.c_proj", "hidden", "hidden", "cross_attention_o")
+        yield from _projection("crossattention.c_attn", "two_queries", "hidden", "cross_attention_kv")
+        yield from _projection("crossattention.q_attn", "query", "hidden", "cross_attention_q")
+        yield from _projection("crossattention.c_proj", "hidden", "query", "cross_attention_o")
         yield Tensor("crossattention.bias", None, "buffer", optional=True)
         yield Tensor("crossattention.masked_bias", None, "buffer", optional=True)
     yield from norm("ln_2", bias=True)
@@ -86,10 +91,11 @@ ARCHITECTURE = Architecture(
     layer_keys=LAYERS,
     defaults={"n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024, "vocab_size": 50257},
     rules=(
-        heads_divide_hidden(HIDDEN, ("n_head", "num_attention_heads")),
+        heads_divide_hidden(HIDDEN, HEADS),
         aliases_agree(*HIDDEN),
         aliases_agree(*LAYERS),
         aliases_agree(*POSITIONS),
-        aliases_agree("n_head", "num_attention_heads"),
+        aliases_agree(*HEADS),
     ),
+    branch_norms=(("ln_1",), ("ln_2",)),
 )

@@ -35,7 +35,7 @@ def _sizes(settings: Settings) -> dict[str, Size]:
 def _layer(settings: Settings, index: int) -> Iterator[Part]:
     yield from norm("input_layernorm")
     yield from attention(bias=settings.flag("attention_bias"))
-    yield from norm("self_attn.q_norm", "hidden")
+    yield from norm("self_attn.q_norm", "query")
     yield from norm("self_attn.k_norm", "key_value")
     yield from norm("post_attention_layernorm")
     yield router()

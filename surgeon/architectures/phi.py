@@ -51,4 +51,5 @@ ARCHITECTURE = Architecture(
     ties=CAUSAL_TIES,
     default_tie=False,
     rules=(heads_divide_hidden(), key_values_divide_heads),
+    branch_norms=((), ()),  # one norm feeds both
 )

@@ -46,6 +46,7 @@ class Attention:
         queries: sections with one unit a query head (weights, biases, per-head norms).
         key_values: sections with one unit a key/value head.
         norms: sections of norms over all heads: cutting them changes their statistics.
+        own: every tensor that goes when the attention goes altogether: its own, and norms that serve nothing else.
     """
 
     layer: int
@@ -56,6 +57,7 @@ class Attention:
     queries: tuple[Section, ...]
     key_values: tuple[Section, ...]
     norms: tuple[Section, ...] = ()
+    own: tuple[str, ...] = ()
 
     @property
     def per_group(self) -> int:
@@ -65,12 +67,13 @@ class Attention:
 
 @dataclass(frozen=True)
 class Ffn:
-    """FFN of one layer: ``inputs`` are gate, up and their biases, one unit a channel."""
+    """FFN of one layer: ``inputs`` are gate, up and their biases, one unit a channel; ``own`` as in `Attention`."""
 
     layer: int
     width: int
     output: Output
     inputs: tuple[Section, ...]
+    own: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
