@@ -13,6 +13,10 @@ _PUBLIC = {
     "diff": "surgeon.api",
     "verify": "surgeon.api",
     "evaluate": "surgeon.api",
+    "prune": "surgeon.api",
+    "edit": "surgeon.api",
+    "measure": "surgeon.api",
+    "export": "surgeon.api",
     "SurgeonError": "surgeon.errors",
 }
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from surgeon.checkpoint.header import printable
 from surgeon.checkpoint.source import locate
+from surgeon.derive import Source
 from surgeon.errors import EnvironmentFault, InputError, OutputConflict, SurgeonError, UsageError, Where
 from surgeon.execute import Check, Outcome, execute, preflight
 from surgeon.execute import input_locations as _inputs
@@ -581,3 +582,149 @@ def evaluate(
     from surgeon.evaluate import request, run
 
     return run.evaluate(request.build(model=str(model), **options), progress, stop)
+
+
+@contextlib.contextmanager
+def open_source(model: str | Path, *, offline: bool = False) -> Iterator[Source]:
+    """Open the one model that something is derived from."""
+    with open_model(model, offline=offline) as opened:
+        yield Source(opened.key, opened.checkpoint, opened.ref.path, opened.located.repo, opened.located.commit)
+
+
+def default_output(model: str | Path, ending: str) -> Path:
+    """Return where a derived model goes when nobody says: beside a local model, else in the current folder."""
+    path = Path(model)
+    if path.exists():
+        folder = path.resolve()
+        return folder.parent / f"{folder.name}-{ending}"
+    return Path(f"{str(model).rpartition('/')[2].partition('@')[0]}-{ending}")
+
+
+def prune(
+    model: str | Path = ".",
+    output: str | Path | None = None,
+    *,
+    overwrite: bool = False,
+    resume: bool = True,
+    dry_run: bool = False,
+    progress: Callable[[str, int, int], None] | None = None,
+    say: Callable[[str], None] | None = None,
+    stop: threading.Event | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Prune a model to a speedup, a size or a share; the options of ``surgeon prune``.
+
+    Args:
+        model: folder or hub id.
+        output: folder of the result; default NAME-pruned beside the model.
+        progress: called with (what is being done, done, total).
+        say: called with one sentence at a time.
+        options: any field of `surgeon.prune.request.PruneRequest`.
+
+    Returns:
+        The document ``surgeon prune --json`` prints: members with sizes, measured speedup and held-out quality.
+
+    Example:
+        >>> surgeon.prune("model", target_speedup=1.5)  # doctest: +SKIP
+    """
+    from surgeon.prune import request as requests
+
+    request = requests.build(model=str(model), **options)
+    if str(model) == "." and not Path("config.json").is_file():
+        raise UsageError("E204", "no model was named, and the current folder holds none", help="surgeon prune MODEL --target-speedup 1.5")  # fmt: skip
+    with open_source(model, offline=request.offline) as source:
+        from surgeon.prune import run
+
+        return run.prune(
+            request, source, Path(output) if output else default_output(model, "pruned"), overwrite=overwrite, resume=resume,
+            dry_run=dry_run, progress=progress, say=say, stop=stop,
+        )  # fmt: skip
+
+
+def measure(
+    model: str | Path,
+    *,
+    progress: Callable[[str, int, int], None] | None = None,
+    stop: threading.Event | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Time a model, or two in turns; measure a latency table or memory; the options of ``surgeon measure``.
+
+    Args:
+        model: folder or hub id.
+        progress: called with (what is being done, done, total).
+        options: any field of `surgeon.measure.request.MeasureRequest`.
+
+    Example:
+        >>> surgeon.measure("fast", baseline="model", mode="decode")  # doctest: +SKIP
+    """
+    from surgeon.measure import request, run
+
+    return run.measure(request.build(model=str(model), **options), progress, stop)
+
+
+def edit(
+    model: str | Path,
+    output: str | Path | None = None,
+    *,
+    overwrite: bool = False,
+    resume: bool = True,
+    threads: int | None = None,
+    memory_limit: int | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+    stop: threading.Event | None = None,
+    **options: Any,
+) -> Any:
+    """Edit weights along a direction; the options of ``surgeon edit``.
+
+    Args:
+        model: folder or hub id.
+        output: folder of the result; default NAME-edited beside the model.
+        options: any field of `surgeon.edit.request.EditRequest`.
+
+    Returns:
+        `surgeon.edit.run.Edited`: where it lies, what was found and changed.
+
+    Example:
+        >>> surgeon.edit("model", method="thinkedit", calibration=("answers.jsonl",))  # doctest: +SKIP
+    """
+    from surgeon.edit import request as requests
+    from surgeon.edit import run
+
+    asked = requests.build(**options)
+    with open_source(model, offline=asked.offline) as source:
+        where = Path(output) if output else run.default_output(str(model), source.checkpoint.folder, source.repo)
+        return run.edit(asked, source, where, overwrite=overwrite, resume=resume, threads=threads,
+                        memory_limit=memory_limit, progress=progress, stop=stop)  # fmt: skip
+
+
+def export(
+    model: str | Path,
+    output: str | Path | None = None,
+    *,
+    overwrite: bool = False,
+    resume: bool = True,
+    dry_run: bool = False,
+    threads: int | None = None,
+    memory_limit: int | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+    stop: threading.Event | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Write a model in another form, or one member of a nested family; the options of ``surgeon export``.
+
+    Args:
+        model: folder, file or hub id.
+        output: folder or file of the result.
+        options: any field of `surgeon.deploy.export_request.ExportRequest`.
+
+    Example:
+        >>> surgeon.export("fast", "fast.gguf", to="gguf")  # doctest: +SKIP
+    """
+    from surgeon.deploy import export_request
+    from surgeon.deploy.export import export as run
+
+    request = export_request.build(**options)
+    with open_source(model) as source:
+        return run(source, request, Path(output) if output else None, overwrite=overwrite, resume=resume, dry_run=dry_run,
+                   threads=threads, memory_limit=memory_limit, progress=progress, stop=stop)  # fmt: skip

@@ -241,6 +241,22 @@ class Skeleton:
         compute_buffers(self.model, module, self.placement.of_layer(layer))
         return module
 
+    def replace(self, layer: int, tensors: Mapping[str, Tensor]) -> None:
+        """Put new values into a loaded layer.
+
+        Args:
+            tensors: checkpoint names -> values of the stored shape; other tensors stay as they are.
+        """
+        parameters = dict(self._layers[layer].named_parameters())
+        for name, pieces in self.pieces(layer).items():
+            for piece in pieces:
+                value = tensors.get(piece.tensor)
+                if value is None:
+                    continue
+                target = parameters[name].data
+                place = target[piece.index] if piece.index else target
+                place.copy_(value[piece.stored] if piece.stored else value)
+
     def empty(self, layer: int) -> None:
         """Take a layer's data away again."""
         module = self._layers[layer]

@@ -8,6 +8,10 @@
 Stages are "embedding", "layer 0" ... and "final". The weights of the next layer are read in a
 thread while one computes. Activations go to a file when they would not fit the memory limit. A
 layer of experts that does not fit is computed one expert at a time (see `streaming`).
+
+Sequential methods change a layer before the next one is looked at. With ``replace`` a layer runs twice: once
+with the weights as they are, for the observer; then ``replace(layer)`` returns the tensors that are new, and
+the layer runs again, unobserved, for the outputs that the next layer gets.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ import importlib.metadata
 import tempfile
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +39,15 @@ from surgeon.calibrate.settings import Observer, Settings
 from surgeon.calibrate.skeleton import Call, Skeleton
 from surgeon.calibrate.watching import Watching, finite
 from surgeon.checkpoint.checkpoint import Checkpoint
-from surgeon.errors import InputError, Interrupted, Where
+from surgeon.errors import EnvironmentFault, InputError, Interrupted, Where
 
 __all__ = ["Observer", "Settings", "Walk"]
 
 Progress = Callable[[int, int], None]
 """Called with (stages done, stages)."""
+
+Replace = Callable[[int], Mapping[str, Tensor]]
+"""Called with a layer's number after its observation; returns checkpoint names -> new tensors of the stored shape."""
 
 CALLS_BYTES = 256 << 20
 """Masks and rotary tables of recorded calls kept for further batches of the same shape."""
@@ -110,6 +117,7 @@ class Walk:
         progress: Progress | None = None,
         stop: threading.Event | None = None,
         resume: bool = False,
+        replace: Replace | None = None,
     ) -> None:
         """Run all stages.
 
@@ -118,23 +126,26 @@ class Walk:
             progress: called with (stages done, stages) after each stage.
             stop: set it to stop after the batch in progress.
             resume: continue where an interrupted pass with the same model, samples, settings and kind
-                of observer stopped. Needs ``settings.spill`` and an observer with state and restore.
+                of observer stopped. Needs ``settings.spill`` and an observer with state and restore; what
+                ``replace`` does must follow from the observer's ``identity`` then.
+            replace: gives the weights with which a layer's outputs are computed.
 
         Raises:
             Interrupted: E130 ``stop`` was set.
             InputError: E384 activations are not finite; the layer is named.
+            EnvironmentFault: E504 ``replace`` and a layer of experts that does not fit the memory limit.
         """
         total = len(self.stages)
-        for _ in self._advance(observer, stop, resume):
+        for _ in self._advance(observer, stop, resume, replace):
             if progress is not None:
                 progress(self._stage + 1, total)
 
-    def steps(self, observer: Observer) -> Iterator[str]:
-        """Run one stage for each item taken, and yield its name.
+    def steps(self, observer: Observer, replace: Replace | None = None) -> Iterator[str]:
+        """Run one stage for each item taken, and yield its name; ``replace`` as in `run`.
 
         A caller may stop in between; close the generator (or drop it) to release what it holds.
         """
-        yield from self._advance(observer, None, False)
+        yield from self._advance(observer, None, False, replace)
 
     def hidden(self) -> Iterator[tuple[int, Tensor]]:
         """Yield (sample, last hidden states [tokens, hidden]) for all samples in order, on the CPU.
@@ -174,7 +185,9 @@ class Walk:
 
     # ---- stages --------------------------------------------------------------------------------
 
-    def _advance(self, observer: Observer, stop: threading.Event | None, resume: bool) -> Iterator[str]:
+    def _advance(
+        self, observer: Observer, stop: threading.Event | None, resume: bool, replace: Replace | None
+    ) -> Iterator[str]:
         self.close()
         folder = self._folder = self._pass_folder(observer)
         self._stage = -1
@@ -195,7 +208,7 @@ class Walk:
                         if stage == 0:
                             self._embed(watching, fresh, stop)
                         elif stage <= self.layers:
-                            self._layer(stage - 1, loader, watching, fresh, stop)
+                            self._layer(stage - 1, loader, watching, fresh, stop, replace)
                         else:
                             self._final(watching, fresh, stop)
                     except BaseException:
@@ -230,10 +243,14 @@ class Walk:
         watching: Watching,
         fresh: Activations,
         stop: threading.Event | None,
+        replace: Replace | None,
     ) -> None:
         skeleton, states = self.skeleton, self._states
         assert states is not None
         streamed = self._memory.streams(layer)
+        if streamed and replace is not None:
+            raise EnvironmentFault("E504", f"the experts of layer {layer} do not fit the memory limit together, which changing "
+                                   "them layer by layer needs", help="raise --memory-limit")  # fmt: skip
         module = skeleton.fill(layer, loader.take(layer))
         try:
             if layer + 1 < self.layers and self._memory.prefetch:
@@ -257,6 +274,13 @@ class Walk:
                     watching.begin(batch)
                     out = skeleton.call(layer, states.get(number), call)
                     watching.end()
+                    if replace is None:
+                        self._put(fresh, number, out, f"layer {layer}")
+            if replace is not None:
+                skeleton.replace(layer, replace(layer))
+                for number, batch in enumerate(self.batches):
+                    _check(stop)
+                    out = skeleton.call(layer, states.get(number), self._call(layer, batch))
                     self._put(fresh, number, out, f"layer {layer}")
         finally:
             watching.end()

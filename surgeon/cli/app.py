@@ -9,8 +9,12 @@ from typing import Any
 
 COMMANDS = {
     "merge": "Merge models: TIES, task arithmetic, SLERP, DARE, ... or a mergekit YAML.",
+    "prune": "Prune to a measured speedup, a size or a share: ZipLM, width, depth, LAPP-style, sparse.",
+    "edit": "Edit weights along a direction: ThinkEdit, projection, baked steering.",
+    "export": "Write another form of a model, GGUF included, or a member of a nested family.",
     "run": "Run a recipe: mergekit YAML, with or without the key surgeon:.",
     "eval": "Measure accuracy, answer length, perplexity, KL; compare with a baseline, apply gates.",
+    "measure": "Time a model: speed, speedup against another, latency tables, memory.",
     "report": "Turn results of eval into a page: HTML, Markdown, SVG or PNG.",
     "inspect": "Show what a checkpoint holds.",
     "diff": "Compare two checkpoints: structure, config, values, delta anatomy.",
@@ -71,6 +75,7 @@ def print_help() -> None:
         "",
         "  surgeon merge long.safetensors short.safetensors --method ties",
         "  surgeon merge ./long ./short --method ties -o merged",
+        "  surgeon prune ./model --target-speedup 1.5 -o fast",
         "",
     ]
     sys.stdout.write("\n".join(lines))

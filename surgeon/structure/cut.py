@@ -86,6 +86,30 @@ class Cut:
         return cls(layers, _tuple(document["hidden"]))
 
 
+def compose(first: Cut, then: Cut) -> Cut:
+    """Return the one cut of the source that equals cutting it and then cutting what was left.
+
+    Args:
+        first: of the source.
+        then: of what ``first`` leaves; its layers are the kept ones.
+    """
+    if len(then.layers) != len(first.kept_layers):
+        raise ValueError(f"{len(first.kept_layers)} layers were left, not {len(then.layers)}")
+    layers: list[LayerCut | None] = [None] * len(first.layers)
+    for number, second in zip(first.kept_layers, then.layers, strict=True):
+        own = first.layers[number]
+        assert own is not None
+        if second is not None:
+            layers[number] = LayerCut(_of(own.heads, second.heads), _of(own.channels, second.channels))
+    return Cut(tuple(layers), _of(first.hidden, then.hidden))
+
+
+def _of(first: Kept | None, then: Kept | None) -> Kept | None:
+    if first is None or then is None:
+        return first if then is None else then
+    return tuple(first[unit] for unit in then)
+
+
 def _list(kept: Kept | None) -> list[int] | None:
     return None if kept is None else [int(unit) for unit in kept]
 

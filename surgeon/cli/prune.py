@@ -1,0 +1,289 @@
+"""``surgeon prune``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from surgeon.cli import calibration as c
+from surgeon.cli import options as o
+from surgeon.cli.errors import run_command, stop_on_signals
+from surgeon.cli.eval import Stages
+from surgeon.cli.output import Output, number, plain, size
+from surgeon.errors import UsageError
+
+
+def prune(
+    model: Annotated[
+        str, typer.Argument(metavar="[MODEL]", help="Folder or hub id [the current folder].")
+    ] = ".",
+    method: Annotated[
+        str,
+        typer.Option(
+            "--method", help="ziplm, width, depth, lapp; of single weights: sparsegpt, wanda, magnitude."
+        ),
+    ] = "ziplm",
+    criterion: Annotated[
+        str | None,
+        typer.Option(
+            "--criterion",
+            help="width: flap, minitron, wanda, magnitude, random, ziplm; depth: nmse, block-influence, uniform.",
+        ),
+    ] = None,
+    target_speedup: Annotated[
+        list[str] | None,
+        typer.Option("--target-speedup", help="1.5: measured; repeat or comma list for a family."),
+    ] = None,
+    target_params: Annotated[
+        list[str] | None, typer.Option("--target-params", help="Parameters left: 3B, 500M.")
+    ] = None,
+    target_size: Annotated[
+        list[str] | None, typer.Option("--target-size", help="Bytes of weights left: 6GB.")
+    ] = None,
+    sparsity: Annotated[
+        list[str] | None,
+        typer.Option("--sparsity", help="Fraction removed; of what, depends on the method: see docs."),
+    ] = None,
+    keep_layers: Annotated[
+        list[str] | None, typer.Option("--keep-layers", help="Layers left (--method depth).")
+    ] = None,
+    pattern: Annotated[
+        str | None, typer.Option("--pattern", help="N:M, at least N zeros in each M inputs: 2:4.")
+    ] = None,
+    structures: Annotated[
+        str | None,
+        typer.Option("--structures", help="Comma list of heads, ffn, layers, hidden [by method and family]."),
+    ] = None,
+    layout: Annotated[
+        str,
+        typer.Option(
+            "--layout",
+            help="uniform loads everywhere; per-layer is better at equal speed, and needs our model code or GGUF.",
+        ),
+    ] = "uniform",
+    round_to: Annotated[
+        str, typer.Option("--round-to", help="Kept channels are a multiple of this [auto: 128, 32 or 8].")
+    ] = "auto",
+    protect_layers: Annotated[
+        str | None, typer.Option("--protect-layers", help="Comma list of layers left as they are.")
+    ] = None,
+    search: Annotated[
+        str, typer.Option("--search", help="spdy (true loss), or dp (prior errors alone).")
+    ] = "spdy",
+    search_budget: Annotated[
+        float, typer.Option("--search-budget", help="Minutes the search may take.")
+    ] = 10.0,
+    sequential: Annotated[
+        bool,
+        typer.Option("--sequential", help="Solve weights again on the pruned prefix: better, one more pass."),
+    ] = False,
+    damp: Annotated[
+        float, typer.Option("--damp", help="Damping of second moments, of their mean diagonal.")
+    ] = 1e-2,
+    allow_norm_approx: Annotated[
+        bool,
+        typer.Option("--allow-norm-approx", help="Cut heads under norms over all heads; the result differs."),
+    ] = False,
+    owl: Annotated[
+        bool, typer.Option("--owl", help="Sparsity by layer from outliers (sparsegpt, wanda).")
+    ] = False,
+    mode: Annotated[
+        str | None,
+        typer.Option(
+            "--mode", help="What is timed: mix, prefill or decode [decoders mix, encoders prefill]."
+        ),
+    ] = None,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences at once.")] = 1,
+    context: Annotated[int, typer.Option("--context", min=1, help="Tokens of the prompt.")] = 512,
+    generate: Annotated[int, typer.Option("--generate", min=1, help="Tokens generated.")] = 128,
+    tolerance: Annotated[
+        float, typer.Option("--tolerance", help="Allowed deviation from the target speedup.")
+    ] = 0.03,
+    latency_table: Annotated[
+        str | None,
+        typer.Option("--latency-table", help='Table of "surgeon measure --mode table" [measured now].'),
+    ] = None,
+    table_anyway: Annotated[
+        bool, typer.Option("--table-anyway", help="Use a table of another machine or library version.")
+    ] = False,
+    measure: Annotated[
+        bool, typer.Option("--measure/--no-measure", help="Time the finished model against the source.")
+    ] = True,
+    calibration: c.Source = None,
+    samples: c.Samples = 128,
+    sequence_length: c.SequenceLength = 2048,
+    calibration_dtype: Annotated[
+        str,
+        typer.Option("--calibration-dtype", help="Precision of calibration: float32, bfloat16, float16."),
+    ] = "float32",
+    distill: Annotated[
+        bool, typer.Option("--distill", help="Train each member on the source's outputs (gradual pruning).")
+    ] = False,
+    distill_steps: Annotated[int, typer.Option("--distill-steps", min=1, help="Steps a member.")] = 1000,
+    distill_batch: Annotated[int, typer.Option("--distill-batch", min=1, help="Sequences a step.")] = 8,
+    distill_length: Annotated[int, typer.Option("--distill-length", min=2, help="Tokens a sequence.")] = 512,
+    learning_rate: Annotated[float, typer.Option("--learning-rate", help="Peak learning rate.")] = 8e-5,
+    train: Annotated[
+        str, typer.Option("--train", help="lapp: train thresholds only, or the full model.")
+    ] = "thresholds",
+    bypass_rank: Annotated[
+        int, typer.Option("--bypass-rank", min=0, help="lapp: rank of the bypass beside each FFN.")
+    ] = 0,
+    nested: Annotated[
+        bool,
+        typer.Option("--nested", help="One model that holds all members: extract with export --member."),
+    ] = False,
+    output: o.OutputPath = None,
+    overwrite: o.Overwrite = False,
+    resume: o.Resume = True,
+    dry_run: o.DryRun = False,
+    dtype: o.DType = None,
+    max_shard_size: o.ShardSize = "5GB",
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    threads: o.Threads = None,
+    memory_limit: o.MemoryLimit = None,
+    seed: o.Seed = 0,
+    work_folder: Annotated[
+        str | None,
+        typer.Option("--work", help="Keep rankings, second moments and tables here [OUT.work until done]."),
+    ] = None,
+    offline: o.Offline = False,
+    json_: o.Json = False,
+    quiet: o.Quiet = False,
+    verbose: o.Verbose = False,
+    no_progress: o.NoProgress = False,
+) -> None:
+    """Prune a model to a measured speedup, a size, or a share.
+
+    Inside a model folder: surgeon prune --target-speedup 1.5. Several targets make a family from one
+    calibration run.
+    """
+    out = Output(json_, quiet, verbose, not no_progress)
+
+    def work() -> dict[str, Any]:
+        from surgeon import api
+
+        settings = {
+            "model": model, "method": method, "criterion": criterion,
+            "target_speedup": o.numbers(target_speedup, "--target-speedup"),
+            "target_params": _counts(target_params, "--target-params"),
+            "target_size": _sizes(target_size, "--target-size"), "sparsity": o.numbers(sparsity, "--sparsity"),
+            "keep_layers": _whole(keep_layers, "--keep-layers"), "pattern": pattern,
+            "structures": tuple(_names(structures, "--structures")) if structures else None, "layout": layout,
+            "round_to": round_to if round_to == "auto" else _whole([round_to], "--round-to")[0],
+            "protect_layers": _whole([protect_layers] if protect_layers else None, "--protect-layers"),
+            "search": search, "search_budget": search_budget, "sequential": sequential, "damp": damp,
+            "allow_norm_approx": allow_norm_approx, "owl": owl, "mode": mode, "batch": batch, "context": context,
+            "generate": generate, "tolerance": tolerance, "latency_table": latency_table, "table_anyway": table_anyway,
+            "measure": measure, "calibration": tuple(calibration or ()), "samples": samples,
+            "sequence_length": sequence_length, "calibration_dtype": calibration_dtype, "distill": distill,
+            "distill_steps": distill_steps, "distill_batch": distill_batch, "distill_length": distill_length,
+            "learning_rate": learning_rate, "train": train, "bypass_rank": bypass_rank, "nested": nested, "dtype": dtype,
+            "max_shard_size": o.byte_size(max_shard_size, "--max-shard-size"), "device": device, "threads": threads,
+            "memory_limit": o.byte_size(memory_limit, "--memory-limit"), "seed": seed, "offline": offline,
+            "work": work_folder,
+        }  # fmt: skip
+        bar = Stages(out)
+        with stop_on_signals(out) as (stop, _):
+            try:
+                document = api.prune(
+                    output=output, overwrite=overwrite, resume=resume, dry_run=dry_run, progress=bar.tell,
+                    say=out.note, stop=stop, **settings,
+                )  # fmt: skip
+            finally:
+                bar.close()
+        show(out, document)
+        return document
+
+    raise typer.Exit(run_command(out, "prune", work))
+
+
+def show(out: Output, document: dict[str, Any]) -> None:
+    """Print what came out: one line a member, then what the user must know."""
+    for warning in document["warnings"]:
+        out.warning(warning)
+    if out.quiet:
+        return
+    source = document["model"]
+    out.line(
+        f"{plain(source['name'])}   {number(source['parameters'])} parameters   {size(source['bytes'])}   {source['shape']}"
+    )
+    if document.get("workload"):
+        out.line(f"  timed: {document['workload']}")
+    for member in document["members"]:
+        _member(out, member)
+    if document["status"] == "dry-run":
+        out.line("nothing was written.")
+        return
+    if document.get("unchanged"):
+        out.line(f"unchanged   {document['output']} already holds this result")
+    else:
+        out.line(f"wrote     {document['output']}")
+    out.log(
+        f"A pruned model must be evaluated before use; check it first: surgeon verify {plain(document['members'][0]['path'])} --generate"
+    )
+
+
+def _member(out: Output, member: dict[str, Any]) -> None:
+    out.line(
+        f"{plain(member['name'])}   {number(member['parameters'])} parameters   {size(member['bytes'])}   {member['shape']}"
+    )
+    speed = member.get("speedup") or {}
+    parts = []
+    if speed.get("predicted") is not None:
+        parts.append(f"predicted {speed['predicted']:.2f}x")
+    if speed.get("measured") is not None:
+        spread = (speed["high"] - speed["low"]) / 2
+        parts.append(f"measured {speed['measured']:.2f}x ± {spread:.2f}")
+    if speed.get("verdict"):
+        parts.append(speed["verdict"])
+    if parts:
+        out.line("  speedup   " + "   ".join(parts))
+    quality = member.get("quality") or {}
+    if quality:
+        shown = []
+        if quality.get("perplexity"):
+            before, after = quality["perplexity"]
+            shown.append(f"perplexity {before:.4g} -> {after:.4g}")
+        if quality.get("kl") is not None:
+            shown.append(f"KL {quality['kl']:.4g} nats a token")
+        if quality.get("top1") is not None:
+            shown.append(f"top-1 agreement {100 * quality['top1']:.1f} %")
+        if quality.get("cosine") is not None:
+            shown.append(f"cosine of embeddings {quality['cosine']:.4f}")
+        out.line(f"  held-out  {'   '.join(shown)}   ({quality['tokens']:,} tokens)")
+    if member.get("readers"):
+        out.line(f"  loads in  {', '.join(member['readers'])}")
+    for remark in member.get("remarks", ()):
+        out.line(f"  {plain(remark)}")
+
+
+def _names(text: str, option: str) -> list[str]:
+    found = [part.strip() for part in text.split(",") if part.strip()]
+    if not found:
+        raise UsageError("E209", f'{option} is "{text}"', help="a comma list of names")
+    return found
+
+
+def _whole(texts: list[str] | None, option: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for text in texts or [] for part in text.split(","))
+    except ValueError:
+        raise UsageError("E209", f"{option} is {texts}", help="a whole number, or a comma list") from None
+
+
+def _counts(texts: list[str] | None, option: str) -> tuple[float, ...]:
+    """Parse parameter counts: 3B, 1.5B, 500M, 120000."""
+    found = []
+    for text in (part.strip() for given in texts or [] for part in given.split(",")):
+        factor = {"K": 1e3, "M": 1e6, "B": 1e9}.get(text[-1:].upper(), 1.0)
+        try:
+            found.append(float(text[:-1] if factor > 1 else text) * factor)
+        except ValueError:
+            raise UsageError("E209", f'{option} is "{text}"', help="such as 3B, 500M or 120000") from None
+    return tuple(found)
+
+
+def _sizes(texts: list[str] | None, option: str) -> tuple[float, ...]:
+    return tuple(float(o.byte_size(part, option) or 0) for text in texts or [] for part in text.split(","))

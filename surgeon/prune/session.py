@@ -1,0 +1,350 @@
+"""What one run of pruning shares between its targets: the model, texts, table, rankings, losses; each made once."""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from surgeon.calibrate.settings import Settings
+from surgeon.checkpoint.dtypes import CODES
+from surgeon.derive import Source
+from surgeon.errors import InputError, SurgeonError, UsageError, Where
+from surgeon.measure.compare import generates
+from surgeon.measure.conditions import Conditions
+from surgeon.measure.differencing import Levels, measure_table
+from surgeon.measure.table import LatencyTable
+from surgeon.measure.workload import Workload
+from surgeon.prune import database, depth, quality, texts
+from surgeon.prune.cost import Cost, SizeCost, TimeCost
+from surgeon.prune.criteria import minitron
+from surgeon.prune.depth_ranking import DepthRanking
+from surgeon.prune.goal import Goal
+from surgeon.prune.levels import granularity, useful_modes
+from surgeon.prune.ranking import Ranking
+from surgeon.prune.request import PruneRequest, Target
+from surgeon.prune.true_loss import TrueLoss, Weights
+from surgeon.structure.biases import with_biases
+from surgeon.structure.check import check, is_uniform
+from surgeon.structure.cut import Cut, Kept
+from surgeon.structure.find import structure_of
+from surgeon.structure.parts import Structure
+
+Tell = Callable[[str, int, int], None]
+Say = Callable[[str], None]
+
+
+@dataclass
+class Session:
+    """One source model under one request.
+
+    Attributes:
+        source: the model.
+        request: what is asked for.
+        work: folder for everything that a later run can take up.
+        tell: progress, (what, done, total).
+        say: one sentence for the user.
+        stop: set to end early.
+        origin: the session of the dense model, where this one's source was itself cut from it.
+    """
+
+    source: Source
+    request: PruneRequest
+    work: Path
+    tell: Tell
+    say: Say
+    stop: threading.Event | None = None
+    origin: Session | None = None
+    warnings: list[str] = field(default_factory=list)
+
+    @cached_property
+    def structure(self) -> Structure:
+        found = structure_of(self.source.checkpoint)
+        for layer in self.request.protect_layers:
+            if not 0 <= layer < found.layers:
+                raise UsageError(
+                    "E267", f"--protect-layers {layer}: the model has layers 0 to {found.layers - 1}"
+                )
+        return found
+
+    @cached_property
+    def folder(self) -> Path:
+        """The model folder; pruning needs more than a bare file."""
+        folder = self.source.checkpoint.folder
+        if folder is None:
+            raise InputError("E317", f"{self.source.path} is a bare file: pruning needs config.json and the tokenizer",
+                             where=Where(self.source.path), help="give the model folder")  # fmt: skip
+        return folder
+
+    @cached_property
+    def decoder(self) -> bool:
+        """Whether the model predicts next tokens."""
+        return generates(self.folder)
+
+    @cached_property
+    def workload(self) -> Workload:
+        r = self.request
+        return Workload.usual(
+            decoder=self.decoder, mode=r.mode, batch=r.batch, context=r.context, generate=r.generate
+        )
+
+    @cached_property
+    def settings(self) -> Settings:
+        r = self.request
+        return Settings(device=r.device if r.device != "auto" else _auto(), dtype=r.calibration_dtype,
+                        memory_limit=r.memory_limit, threads=r.threads, spill=self.work / "pass")  # fmt: skip
+
+    @cached_property
+    def conditions(self) -> Conditions:
+        r = self.request
+        return Conditions(device=r.device, dtype=r.dtype or "auto", threads=r.threads, memory_limit=r.memory_limit,
+                          seed=r.seed, precision=r.tolerance / 3)  # fmt: skip
+
+    @cached_property
+    def structures(self) -> tuple[str, ...]:
+        """The structures that may be cut, in force."""
+        given = self.request.structures
+        if given is not None:
+            return given
+        if not self.decoder:
+            return ("ffn", "layers") if self.request.method == "ziplm" else ("ffn",)
+        return ("heads", "ffn", "layers") if self.request.method == "ziplm" else ("heads", "ffn")
+
+    @cached_property
+    def modes(self) -> tuple[str, ...]:
+        """Kinds of attention units that may go; of those a given table says nothing about, none."""
+        if "heads" not in self.structures:
+            return ()
+        found = useful_modes(self.structure)
+        if not self.request.latency_table:
+            return found
+        first = next(part for part in self.structure.attention if part is not None)
+        least = {"groups": (first.per_group, 1), "heads": (first.groups, first.groups)}
+        return tuple(mode for mode in found if _knows(self.table, *least[mode]))
+
+    # ---- text --------------------------------------------------------------------------------------
+
+    @cached_property
+    def texts(self) -> texts.Texts:
+        found = texts.load(self.request, self.folder)
+        self.warnings.extend(found.warnings)
+        if not self.request.calibration:
+            self.say("no --calibration was given: the text that comes with surgeon is used")
+        self.say(
+            f"calibrating on {found.record['name']}: {found.record['statistics']['tokens']:,} tokens for statistics, "
+            f"{found.record['search']['tokens']:,} to compare plans, {found.record['held_out']['tokens']:,} held out"
+        )
+        return found
+
+    # ---- costs -------------------------------------------------------------------------------------
+
+    @cached_property
+    def table(self) -> LatencyTable:
+        """The latency table: given, kept from an earlier run, or measured now."""
+        r = self.request
+        config = self.source.checkpoint.config or {}
+        if r.latency_table:
+            table = LatencyTable.load(Path(r.latency_table), self._here, config, table_anyway=r.table_anyway)
+            if r.mode is not None and table.workload != self.workload:
+                table.check(None, workload=self.workload, where=Path(r.latency_table))
+            self.workload = table.workload
+            return table
+        file = self.work / "table.json"
+        if file.is_file():
+            try:
+                return LatencyTable.load(file, self._here, config, workload=self.workload)
+            except SurgeonError:
+                file.unlink()  # of other conditions: measured again
+        self.say(f"measuring the latency table ({self.workload.sentence()})")
+        ffn = next((part.width for part in self.structure.ffn if part is not None), 0)
+        step = granularity(ffn, r.round_to) if ffn else 1
+        levels = [Levels.of(self.structure, attention=mode, multiple=step) for mode in self.modes or (None,)]
+        merged = Levels(tuple(dict.fromkeys(a for one in levels for a in one.attention)), levels[0].ffn)
+        table = measure_table(
+            config, self.structure, self.workload, merged, self.conditions, progress=self.tell, stop=self.stop
+        )
+        self.work.mkdir(parents=True, exist_ok=True)
+        table.save(file)
+        for note in table.notes:
+            self.say(note)
+        return table
+
+    @cached_property
+    def _here(self):
+        from surgeon.measure.environment import Environment
+        from surgeon.measure.models import RandomModels
+
+        with self.conditions.in_force():
+            probe = RandomModels(
+                self.source.checkpoint.config or {}, self.structure, self.workload, self.conditions
+            )
+            return Environment.here(self.conditions, dtype=probe.dtype, attention=probe.attention)
+
+    def goal(self, target: Target, table: LatencyTable | None = None) -> Goal:
+        """Return what a target means as a budget."""
+        checkpoint = self.source.checkpoint
+        cost: Cost
+        if target.kind == "speedup":
+            cost = TimeCost(table or self.table, self.structure)
+        elif target.kind == "size":
+            cost = SizeCost(
+                checkpoint, self.structure, "bytes", CODES[self.request.dtype] if self.request.dtype else None
+            )
+        else:
+            cost = SizeCost(checkpoint, self.structure)
+        return Goal(target.kind, target.value, cost)
+
+    # ---- statistics --------------------------------------------------------------------------------
+
+    @cached_property
+    def database(self) -> database.Database:
+        """Rankings of all modules, from one pass over the text."""
+        kinds = tuple(name for name in self.structures if name in ("heads", "ffn"))
+        return database.build(
+            self.source.checkpoint, self.structure, self.texts.statistics, self.settings, method=self.request.solver,
+            folder=self.work / "database", structures=kinds, modes=self.modes or None, damp=self.request.damp,
+            seed=self.request.seed, stop=self.stop,
+            progress=self.tell,
+        )  # fmt: skip
+
+    def ranking(self, layer: int, kind: str, mode: str) -> Ranking:
+        return self.database.ranking(layer, kind, mode)
+
+    def depth_ranking(self, most: int | None = None, method: str | None = None) -> DepthRanking:
+        """Return which layers go first; kept for later targets and runs."""
+        name = method or ("nmse" if self.request.method != "depth" else self.request.solver)
+        chosen = depth.get(name)
+        layers = self.structure.layers
+        ranking = chosen.rank(
+            self.source.checkpoint, list(self.texts.search) if chosen.needs_text else [], self.settings, drop=most,
+            progress=lambda done, total: self.tell("ranking layers", done, total), stop=self.stop,
+        )  # fmt: skip
+        protected = set(self.request.protect_layers)
+        if not protected:
+            return ranking
+        drops = [drop for drop in ranking.drops if not protected & set(drop)]
+        if len(drops) < 2:
+            raise UsageError("E267", f"--protect-layers keeps all of the {layers} layers that {name} would drop",
+                             help="protect fewer layers")  # fmt: skip
+        first = next((k for k, drop in enumerate(ranking.drops) if protected & set(drop)), len(ranking.drops))
+        return DepthRanking(ranking.method, ranking.layers, ranking.drops[:first], ranking.scores[:first],
+                            ranking.importance, ranking.notes)  # fmt: skip
+
+    @cached_property
+    def drops(self) -> tuple[tuple[int, ...], ...]:
+        """Sets of layers that may go: none, or nested ones by what the output loses."""
+        if "layers" not in self.structures or self.structure.layers <= 2:
+            return ((),)
+        return self.depth_ranking(max(1, self.structure.layers // 2)).drops
+
+    # ---- losses ------------------------------------------------------------------------------------
+
+    @cached_property
+    def true_loss(self) -> TrueLoss:
+        return TrueLoss(self.source.checkpoint, self.structure, self.texts.search, self.settings)
+
+    @cached_property
+    def _known(self) -> dict[str, float]:
+        return {}
+
+    def losses(self, cuts: Sequence[Cut]) -> list[float]:
+        """Return true losses; each cut is run once in a session."""
+        fresh = {cut.identity(): cut for cut in cuts if cut.identity() not in self._known}
+        if fresh:
+            found = self.true_loss(list(fresh.values()), self.weights)
+            self._known.update(zip(fresh, map(float, found), strict=True))
+            self.tell("comparing plans", len(self._known), len(self._known))
+        return [self._known[cut.identity()] for cut in cuts]
+
+    @cached_property
+    def weights(self) -> Weights | None:
+        """What gives a module's output matrix for the units it keeps; None where a criterion changes nothing."""
+        changes = self.database.criterion.solves or self.database.method == "flap"
+        return self.database.weights if changes else None
+
+    def check_bias(self) -> None:
+        """Refuse FLAP where no class can hold the bias it leaves.
+
+        Raises:
+            InputError: E369.
+        """
+        names = [
+            f"{part.output.module}.bias"
+            for name, parts in (("heads", self.structure.attention), ("ffn", self.structure.ffn))
+            if name in self.structures
+            for part in parts
+            if part is not None
+        ]
+        try:
+            with_biases(self.source.checkpoint, self.structure, names)
+        except InputError as error:
+            raise InputError(
+                "E369", f"flap makes good what it removes by a bias, which a {self.structure.model_type} model cannot have there",
+                where=error.where, help="--criterion ziplm solves the remaining weights instead; it needs no bias",
+            ) from error  # fmt: skip
+
+    def hidden_kept(self, share: float) -> Kept:
+        """Return the channels of the residual stream that stay when a share of them goes (Minitron)."""
+        scores = minitron.hidden_scores(
+            self.source.checkpoint, self.texts.statistics, self.settings, stop=self.stop,
+            progress=lambda done, total: self.tell("ranking the residual stream", done, total),
+        )  # fmt: skip
+        width = self.structure.hidden
+        head = next((part.head_dim for part in self.structure.attention if part is not None), 1)
+        step = math.lcm(head, granularity(width, self.request.round_to)) if width >= 512 else head
+        keep = max(step, step * math.ceil(width * (1 - share) / step - 1e-9))
+        order = minitron.hidden_order(scores)
+        return tuple(sorted(int(channel) for channel in order[width - min(keep, width) :]))
+
+    @cached_property
+    def reference(self) -> list[Any]:
+        """Last hidden states of the source on the held-out text."""
+        return quality.last_states(self.source.checkpoint, self.texts.held_out, self.settings)
+
+    # ---- legality ----------------------------------------------------------------------------------
+
+    def writable(self, cut: Cut) -> bool:
+        """Say whether a stock class holds a cut."""
+        try:
+            check(cut, self.structure, self.source.checkpoint.config or {}, for_stock=True,
+                  allow_norm_approx=self.request.allow_norm_approx)  # fmt: skip
+        except SurgeonError:
+            return False
+        return is_uniform(cut, self.structure)
+
+    @property
+    def used_text(self) -> bool:
+        """Whether calibration text was read in this run."""
+        return "texts" in self.__dict__
+
+    def needs(self) -> dict[str, Any]:
+        """Return what a run would need, for a dry run."""
+        kinds = [name for name in self.structures if name in ("heads", "ffn")]
+        disk = 0
+        if self.request.method in ("ziplm", "width"):
+            disk = database.disk_bytes(self.structure, self.request.solver, kinds)
+        return {"work_folder_bytes": disk}
+
+    def keep(self, name: str, document: dict[str, Any]) -> None:
+        """Write a file of plain data into the work folder."""
+        self.work.mkdir(parents=True, exist_ok=True)
+        (self.work / name).write_text(json.dumps(document, indent=1) + "\n")
+
+
+def _knows(table: LatencyTable, heads: int, groups: int) -> bool:
+    try:
+        table.attention_seconds(heads, groups)
+    except UsageError:
+        return False
+    return True
+
+
+def _auto() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,1 @@
+"""Unstructured and N:M sparsity: zeros inside dense matrices, by magnitude, Wanda or SparseGPT."""

@@ -1,0 +1,1 @@
+"""Training that follows or decides a cut: distillation, learned thresholds, gradual sparsity."""
