@@ -686,7 +686,7 @@ def edit(
         `surgeon.edit.run.Edited`: where it lies, what was found and changed.
 
     Example:
-        >>> surgeon.edit("model", method="thinkedit", calibration=("answers.jsonl",))  # doctest: +SKIP
+        >>> surgeon.edit("model", method="thinkedit", responses="answers.jsonl")  # doctest: +SKIP
     """
     from surgeon.edit import request as requests
     from surgeon.edit import run

@@ -28,7 +28,7 @@ from surgeon.deploy import per_layer
 from surgeon.errors import SurgeonError
 from surgeon.measure.compare import Measured, speedup, verdict
 from surgeon.measure.conditions import Conditions
-from surgeon.measure.correction import fit_correction
+from surgeon.measure.correction import aim, fit_correction
 from surgeon.measure.differencing import Levels, measure_table
 from surgeon.measure.models import random_model
 from surgeon.measure.table import LatencyTable
@@ -142,7 +142,7 @@ class Bench:
         rng = random.Random(seed)
         table, history, tried = self.table, [], []
         for _ in range(ROUNDS):
-            plan = self.choose(kind, table, target, rng)
+            plan = self.choose(kind, table, aim(table, history, target), rng)
             found = self.timed(plan)
             tried.append(
                 {"predicted": table.speedup(plan), "by_the_measured_table": self.table.speedup(plan), "ratio": found.ratio,

@@ -63,7 +63,7 @@ def images(count: int, seed: int, size: int = 32) -> tuple[Tensor, Tensor]:
             bar = (np.abs(x - a) < 2) if drawn.random() < 0.5 else (np.abs(y - b) < 2)
             ground = np.where(bar, drawn.uniform(-1, 1, (3, 1, 1)), ground)
         out[n] = np.where(inside, ink, ground) + drawn.normal(0, 0.35, (3, size, size))
-    return torch.from_numpy(out), torch.from_numpy(labels)
+    return torch.from_numpy(out).to(memory_format=torch.channels_last), torch.from_numpy(labels)
 
 
 def _figure(label: int, x: np.ndarray, y: np.ndarray, size: int, drawn: np.random.Generator) -> np.ndarray:
@@ -193,6 +193,7 @@ def steps_of(
     others = [{"params": list(network.parameters()), "lr": options.rate, "weight_decay": 0.02}]
     groups = task.groups() if task is not None else others
     optimizer = torch.optim.AdamW(groups)
+    network.to(memory_format=torch.channels_last)  # half as fast again on a CPU
     x, labels = data
     network.train()
     for step in range(first, last):
@@ -276,19 +277,20 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=8, help="channels of the first stage; 16 in the paper")
     parser.add_argument("--rank", type=int, default=2, help="channels of the path beside a block")
     parser.add_argument("--remaining", type=float, default=0.4, help="share of the multiply-adds")
-    parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--batch", type=int, default=48)
+    parser.add_argument("--steps", type=int, default=450)
+    parser.add_argument("--batch", type=int, default=40)
     parser.add_argument("--rate", type=float, default=4e-3)
     parser.add_argument("--images", type=int, default=8000)
     parser.add_argument("--seeds", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    begun = time.perf_counter()
+    begun = time.process_time()
     train, test = images(options.images, 1), images(2000, 2)
     rows: dict[str, list[tuple[float, float]]] = {}
     widths = []
     dense = cost_of(ResNet20(options.width)).dense
-    for options.seed in range(options.seeds):
+    for seed in range(options.seeds):
+        options.seed = seed
         torch.manual_seed(options.seed)
         whole = ResNet20(options.width)
         steps_of(whole, train, 0, options.steps, options.steps, options)
@@ -305,7 +307,7 @@ def main() -> None:
             print(
                 f"seed {options.seed}: {name}: {rows[name][-1][0]:.1%}, {rows[name][-1][1]:.1%}", flush=True
             )
-    write(rows, widths, options, dense, time.perf_counter() - begun)
+    write(rows, widths, options, dense, time.process_time() - begun)
 
 
 def write(rows: dict, widths: list, options, dense: float, seconds: float) -> None:
@@ -314,7 +316,7 @@ def write(rows: dict, widths: list, options, dense: float, seconds: float) -> No
         "# Learned thresholds on a CNN from scratch",
         "",
         f"ResNet-20 with {options.width}, {2 * options.width}, {4 * options.width} channels ({dense / 1e6:.2f} M multiply-adds),",
-        f"{options.images:,} drawn 32x32 images of ten classes, {options.steps} steps of {options.batch}, {options.seeds} seeds, one thread, {seconds:.0f} s.",
+        f"{options.images:,} drawn 32x32 images of ten classes, {options.steps} steps of {options.batch}, {options.seeds} seeds, one thread, {seconds:.0f} s of its time.",
         "`python benchmarks/pruning/lapp_cnn.py`. LAPP-style: arXiv 2309.14157 publishes no equations; see `surgeon/train/gates.py`.",
         "",
         "| network | multiply-adds left | test accuracy (by seed) | mean |",

@@ -61,7 +61,8 @@ class LatencyTable:
         attention_spread, ffn_spread: half-widths of 95 % intervals of the saving against the full size.
         layer_spread: half-width of the 95 % interval of one full layer.
         timed_layers: layers of the models that were timed.
-        factors: corrections of attention, ffn and rest (1, 1, 1 when measured).
+        correction: factors of attention and of ffn, and a share of the whole model's measured time that is added
+            to the rest: (1, 1, 0) as measured; `surgeon.measure.correction` fits others.
         notes: what a reader of the figures should know.
     """
 
@@ -77,7 +78,7 @@ class LatencyTable:
     ffn_spread: Mapping[int, float]
     layer_spread: float = 0.0
     timed_layers: int = 4
-    factors: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    correction: tuple[float, float, float] = (1.0, 1.0, 0.0)
     notes: tuple[str, ...] = ()
 
     @property
@@ -91,11 +92,11 @@ class LatencyTable:
         Raises:
             UsageError: E284 the table says nothing about this shape.
         """
-        return self.factors[0] * self._attention(self.attention, heads, groups)
+        return self.correction[0] * self._attention(self.attention, heads, groups)
 
     def ffn_seconds(self, width: int) -> float:
         """Return the time of one layer's FFN (UsageError E284 as `attention_seconds`)."""
-        return self.factors[1] * self._ffn(self.ffn, width)
+        return self.correction[1] * self._ffn(self.ffn, width)
 
     def layer(self, shape: LayerShape) -> float:
         """Return the time of one layer."""
@@ -103,10 +104,13 @@ class LatencyTable:
 
     def parts(self, shapes: Sequence[LayerShape]) -> tuple[float, float, float]:
         """Return the time of a model's attention, FFNs and rest."""
+        rest = self.rest
+        if self.correction[2]:
+            rest += self.correction[2] * self.corrected().dense
         return (
             sum(self.attention_seconds(s.heads, s.groups) for s in shapes),
             sum(self.ffn_seconds(s.ffn) for s in shapes),
-            self.factors[2] * self.rest,
+            max(0.0, rest),
         )
 
     def total(self, shapes: Sequence[LayerShape]) -> float:
@@ -173,9 +177,14 @@ class LatencyTable:
             help=help or f"choose a target from 1 to {below:.2f}, or permit more: --structures heads,ffn,layers",
         )  # fmt: skip
 
-    def corrected(self, attention: float = 1.0, ffn: float = 1.0, rest: float = 1.0) -> LatencyTable:
-        """Return the table with its measured times multiplied by these factors, in place of earlier ones."""
-        return replace(self, factors=(attention, ffn, rest))
+    def corrected(self, attention: float = 1.0, ffn: float = 1.0, fixed: float = 0.0) -> LatencyTable:
+        """Return the table with these corrections in place of earlier ones.
+
+        Args:
+            attention, ffn: factors of the measured times.
+            fixed: share of the whole model's measured time that is added to the rest.
+        """
+        return replace(self, correction=(attention, ffn, fixed))
 
     # ---- rows ----------------------------------------------------------------------------------
 
@@ -245,7 +254,7 @@ class LatencyTable:
                               for (h, g), s in sorted(self.attention.items(), reverse=True)],
                 "ffn": [{"width": w, "seconds": s, "spread": self.ffn_spread[w]} for w, s in sorted(self.ffn.items(), reverse=True)],
             },
-            "timed_layers": self.timed_layers, "factors": list(self.factors), "notes": list(self.notes),
+            "timed_layers": self.timed_layers, "correction": list(self.correction), "notes": list(self.notes),
         }  # fmt: skip
 
     @classmethod
@@ -271,13 +280,14 @@ class LatencyTable:
                 float(seconds["rest"]), {k: float(e["seconds"]) for k, e in attention.items()},
                 {k: float(e["seconds"]) for k, e in ffn.items()}, {k: float(e["spread"]) for k, e in attention.items()},
                 {k: float(e["spread"]) for k, e in ffn.items()}, float(seconds["layer_spread"]), int(document["timed_layers"]),
-                tuple(map(float, document["factors"])), tuple(map(str, document["notes"])),  # type: ignore[arg-type]
+                tuple(map(float, document["correction"])), tuple(map(str, document["notes"])),  # type: ignore[arg-type]
             )  # fmt: skip
-            values = [*table.attention.values(), *table.ffn.values(), table.rest, *table.factors,
+            values = [*table.attention.values(), *table.ffn.values(), table.rest, *table.correction[:2],
                       *table.attention_spread.values(), *table.ffn_spread.values(), table.layer_spread]  # fmt: skip
             if (
                 not all(math.isfinite(v) and v >= 0 for v in values)
-                or len(table.factors) != 3
+                or len(table.correction) != 3
+                or not abs(table.correction[2]) < 10
                 or not table.dense > 0
             ):
                 raise ValueError("times must be finite and not negative")

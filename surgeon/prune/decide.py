@@ -10,12 +10,13 @@ from surgeon.errors import UsageError
 from surgeon.prune import depth_targets
 from surgeon.prune.choice import Choice
 from surgeon.prune.goal import Goal
-from surgeon.prune.levels import granularity
+from surgeon.prune.levels import ffn_multiples, granularity
 from surgeon.prune.per_layer import choose_per_layer
 from surgeon.prune.request import Target
-from surgeon.prune.session import Session
+from surgeon.prune.session import Session, drops_needed
 from surgeon.prune.uniform import choose_uniform
 from surgeon.structure.check import shapes
+from surgeon.structure.config import DERIVED_HEAD_DIM
 from surgeon.structure.cut import Cut, LayerCut, LayerShape
 
 
@@ -42,22 +43,30 @@ def check_reachable(session: Session, target: Target) -> None:
     """Refuse a target out of reach before anything is calibrated (fault J6).
 
     Raises:
-        UsageError: E264, E282 with the range that can be reached.
+        UsageError: E264 with the range that can be reached.
+        InputError: E327, E362 to E369 no class holds what would come out.
     """
     request, structure = session.request, session.structure
-    if request.method == "width" and request.solver == "flap":
-        session.check_bias()
     if target.kind == "layers":
         if not 2 <= target.value < structure.layers:
             raise UsageError("E264", f"--keep-layers {target.value:g} of {structure.layers} layers",
                              help=f"2 to {structure.layers - 1}")  # fmt: skip
         return
-    if target.kind == "pattern" or (request.method == "width" and target.kind == "sparsity"):
+    if request.method == "depth" and target.kind == "sparsity":
+        _layers_left(structure.layers, target.value)
+        return
+    if request.method == "width" and target.kind == "sparsity":
+        _share(session, target.value, rehearsal=True)
         return
     goal = session.goal(target)
-    layers = range(structure.layers)
-    fewest = 2 if request.method == "depth" or "layers" in session.structures else structure.layers
-    least = goal.cost.rest + sum(sorted(_least_layer(session, goal, layer) for layer in layers)[:fewest])
+    if request.layout == "per-layer":
+        least = goal.cost.rest + sum(_least_layer(session, goal, layer) for layer in range(structure.layers))
+    else:
+        drops = structure.layers - 2 if request.method == "depth" else 0
+        if "layers" in session.structures and request.method != "depth":
+            drops = min(max(1, structure.layers // 2), structure.layers - 2)
+        layers = sorted(_least_layer(session, goal, layer) for layer in range(structure.layers))
+        least = goal.cost.rest + sum(layers[: structure.layers - max(0, drops)])
     goal.check(least)
 
 
@@ -68,15 +77,22 @@ def _least_layer(session: Session, goal: Goal, layer: int) -> float:
     if request.method == "depth" or layer in request.protect_layers:
         return goal.cost.layer(layer, whole)
     per_layer = request.layout == "per-layer"
-    heads, groups, ffn = whole.heads, whole.groups, whole.ffn
-    if "heads" in session.structures and heads:
-        options = {"groups": (heads // groups, 1), "heads": (groups, groups)}
-        heads, groups = (
-            (0, 0) if per_layer else min((options[mode] for mode in session.modes), default=(heads, groups))
-        )
-    if "ffn" in session.structures and ffn:
-        ffn = 0 if per_layer else min(ffn, granularity(ffn, request.round_to))
-    return goal.cost.layer(layer, LayerShape(heads, groups, whole.head_dim, ffn))
+    sizes = [(whole.heads, whole.groups)]
+    if "heads" in session.structures and structure.attention[layer] is not None:
+        each = whole.heads // whole.groups
+        for mode in session.modes:
+            for count in session.permitted.unit_counts(mode):
+                sizes.append(
+                    (count * each, count) if mode == "groups" else (count * whole.groups, whole.groups)
+                )
+        if per_layer:
+            sizes.append((0, 0))
+    ffn = whole.ffn
+    if "ffn" in session.structures and structure.ffn[layer] is not None:
+        ffn = 0 if per_layer else ffn_multiples(ffn, granularity(ffn, request.round_to))[-1]
+    return min(
+        goal.cost.layer(layer, LayerShape(heads, groups, whole.head_dim, ffn)) for heads, groups in sizes
+    )
 
 
 def decide(session: Session, target: Target, goal: Goal | None, deadline: float | None) -> Decision:
@@ -96,21 +112,15 @@ def decide(session: Session, target: Target, goal: Goal | None, deadline: float 
 
 def _search(session: Session, goal: Goal, deadline: float | None) -> Decision:
     request = session.request
-    drops: Sequence[tuple[int, ...]] = session.drops
     plain = request.search == "dp"
-    protected = bool(request.protect_layers)
-    floors: list[Choice] = []
     stock = request.layout == "uniform"
-    if stock and protected:
-        raise UsageError("E267", "--protect-layers cannot be kept in a uniform layout: all layers shrink alike",
-                         help="--layout per-layer, or --method depth")  # fmt: skip
-    if stock or not protected:
+    floors: list[Choice] = []
+    if stock or not request.protect_layers:
         try:
             floor = choose_uniform(
                 session.ranking, session.structure, goal, session.losses, structures=session.structures,
-                modes=session.modes or None, drops=drops, tolerance=request.tolerance,
-                candidates=1 if plain else 32, round_to=request.round_to,
-                allowed=session.writable if stock else None, deadline=deadline,
+                modes=session.modes, drops=session.drops, tolerance=request.tolerance, candidates=1 if plain else 32,
+                round_to=request.round_to, allowed=session.writable if stock else None, deadline=deadline,
             )  # fmt: skip
             floors.append(floor)
         except UsageError:
@@ -120,7 +130,7 @@ def _search(session: Session, goal: Goal, deadline: float | None) -> Decision:
         return _decision(floors[0], goal, [])
     found = choose_per_layer(
         session.ranking, session.structure, goal, session.losses, structures=session.structures,
-        modes=session.modes or None, protect=request.protect_layers, floors=floors, seed=request.seed,
+        modes=session.modes, protect=request.protect_layers, floors=floors, seed=request.seed,
         candidates=0 if plain else 32, local=0 if plain else 64, round_to=request.round_to, deadline=deadline,
     )  # fmt: skip
     remarks = []
@@ -140,10 +150,13 @@ def _decision(choice: Choice, goal: Goal, remarks: list[str]) -> Decision:
     )  # fmt: skip
 
 
-def _share(session: Session, share: float) -> Decision:
-    """Remove the same share of every layer's heads and channels."""
+def _share(session: Session, share: float, *, rehearsal: bool = False) -> Decision:
+    """Remove the same share of every layer's heads and channels.
+
+    Args:
+        rehearsal: only find out whether that can be written, with the first units in place of the best.
+    """
     structure = session.structure
-    hidden = session.hidden_kept(share) if "hidden" in session.structures else None
     mode = _share_mode(session, share)
     layers = []
     for layer in range(structure.layers):
@@ -152,19 +165,47 @@ def _share(session: Session, share: float) -> Decision:
         if attention is not None and mode:
             units = attention.groups if mode == "groups" else attention.per_group
             keep = max(1, round(units * (1 - share)))
-            if keep < units:
+            if keep < units and rehearsal:
+                heads = (session.permitted.fewer_heads(mode, keep).layers[layer] or LayerCut()).heads
+            elif keep < units:
                 heads = session.ranking(layer, "attention", mode).kept(keep)
         if ffn is not None and "ffn" in session.structures:
-            step = granularity(ffn.width, session.request.round_to)
-            keep = min(ffn.width, step * max(1, math.ceil(ffn.width * (1 - share) / step - 1e-9)))
+            keep = share_left(ffn.width, share, granularity(ffn.width, session.request.round_to))
             if keep < ffn.width:
-                channels = session.ranking(layer, "ffn", "channels").kept(keep)
+                channels = (
+                    tuple(range(keep)) if rehearsal else session.ranking(layer, "ffn", "channels").kept(keep)
+                )
         layers.append(LayerCut(heads, channels))
-    cut = Cut(tuple(layers), hidden)
+    cut = Cut(tuple(layers))
+    count = _hidden_left(session, cut, share)
+    if count < structure.hidden:
+        cut = Cut(cut.layers, tuple(range(count)) if rehearsal else session.hidden_kept(count))
     if cut == Cut.whole(structure.layers):
-        raise UsageError("E264", f"--sparsity {share:g} removes nothing: sizes are multiples of more than that",
+        raise UsageError("E264", f"--sparsity {share:g} removes nothing: the next smaller size lies further away",
                          help="a larger share, or --round-to 1")  # fmt: skip
+    if rehearsal:
+        session.permitted.check(cut)
     return Decision(cut)
+
+
+def share_left(width: int, share: float, step: int) -> int:
+    """Return how many of so many channels stay when a share goes: a multiple of the step, rounded up."""
+    return min(width, step * max(1, math.ceil(width * (1 - share) / step - 1e-9)))
+
+
+def _hidden_left(session: Session, cut: Cut, share: float) -> int:
+    """Return how many channels of the residual stream stay; whole heads where a head's size follows from it."""
+    structure = session.structure
+    if "hidden" not in session.structures:
+        return structure.hidden
+    first = next((layer for layer, part in enumerate(structure.attention) if part is not None), None)
+    shape = shapes(cut, structure)[first or 0]
+    if structure.model_type in DERIVED_HEAD_DIM:
+        return shape.heads * shape.head_dim
+    step = shape.head_dim or 1
+    if structure.hidden >= 512:
+        step = math.lcm(step, granularity(structure.hidden, session.request.round_to))
+    return share_left(structure.hidden, share, step)
 
 
 def _share_mode(session: Session, share: float) -> str:
@@ -183,37 +224,38 @@ def _share_mode(session: Session, share: float) -> str:
 def _depth(session: Session, target: Target, goal: Goal | None) -> Decision:
     structure = session.structure
     layers = structure.layers
-    whole = [structure.shape(layer) for layer in range(layers)]
-    if target.kind == "layers":
-        return Decision(
-            _dropped(layers, session.depth_ranking(layers - int(target.value)).dropped(int(target.value)))
-        )
+    if target.kind in ("layers", "sparsity"):
+        keep = int(target.value) if target.kind == "layers" else _layers_left(layers, target.value)
+        most = max(_drops_of(session, one) for one in session.request.targets)
+        return Decision(_dropped(layers, session.depth_ranking(most).dropped(keep)))
     assert goal is not None
-    if target.kind == "sparsity":
-        keep = max(2, layers - max(1, round(layers * target.value)))
-        return Decision(_dropped(layers, session.depth_ranking(layers - keep).dropped(keep)))
-    times = [goal.cost.layer(layer, shape) for layer, shape in enumerate(whole)]
-    most = _most_drops(goal, times)
-    ranking = session.depth_ranking(min(most, layers - 2))
+    times = [goal.cost.layer(layer, structure.shape(layer)) for layer in range(layers)]
+    ranking = session.depth_ranking(min(drops_needed(goal), layers - 2))
     drop: tuple[int, ...] = ()
     if goal.kind == "speedup":
-        drop = depth_targets.choose(ranking, goal.cost.rest, times, target.value)
+        drop = depth_targets.choose(ranking, goal.cost.rest, times, goal.value)
     else:
         for drop in ranking.drops:
             if goal.cost.dense - sum(times[layer] for layer in drop) <= goal.budget:
                 break
+        else:
+            raise UsageError("E264", f"{target.name} asks for more layers than {ranking.method} would drop",
+                             help="protect fewer layers, or another --criterion")  # fmt: skip
     cut = _dropped(layers, drop)
     return Decision(cut, goal.achieved(goal.cost.total(cut)))
 
 
-def _most_drops(goal: Goal, times: list[float]) -> int:
-    """Return how many layers may have to go: the cheapest first."""
-    left = goal.cost.dense
-    for number, time in enumerate(sorted(times), start=1):
-        left -= time
-        if left <= goal.budget:
-            return number
-    return len(times)
+def _drops_of(session: Session, target: Target) -> int:
+    layers = session.structure.layers
+    return layers - (int(target.value) if target.kind == "layers" else _layers_left(layers, target.value))
+
+
+def _layers_left(layers: int, share: float) -> int:
+    keep = layers - round(layers * share)
+    if not 2 <= keep < layers:
+        raise UsageError("E264", f"--sparsity {share:g} of {layers} layers leaves {keep}",
+                         help=f"a share from {1 / layers:.3f} to {(layers - 2) / layers:.3f}, or --keep-layers")  # fmt: skip
+    return keep
 
 
 def _dropped(layers: int, drop: Sequence[int]) -> Cut:

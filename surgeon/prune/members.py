@@ -81,7 +81,7 @@ def build(session: Session, target: Target, title: str) -> Member:
     if target.kind != "speedup" or not request.measure:
         goal = None if target.kind == "layers" else session.goal(target)
         decision = decide(session, target, goal, 60 * request.search_budget)
-        return _written(session, target, decision, title)
+        return written(session, target, decision, title)
     table = session.table
     history: list[tuple[Any, float]] = []
     made: list[Member] = []
@@ -97,7 +97,7 @@ def build(session: Session, target: Target, title: str) -> Member:
         if decision.cut in seen:
             break
         seen.add(decision.cut)
-        member = _written(session, target, decision, title)
+        member = written(session, target, decision, title)
         folder = session.work / "candidate"
         session.tell(f"timing candidate {number + 1} for {target.name}", number, ROUNDS)
         member.measured = speedup(
@@ -140,7 +140,7 @@ def _miss(member: Member, target: Target) -> tuple[int, float]:
     return (0 if ratio >= 0.97 else 1, abs(ratio - 1))
 
 
-def _written(session: Session, target: Target, decision: Decision, title: str) -> Member:
+def written(session: Session, target: Target, decision: Decision, title: str) -> Member:
     """Write a candidate and compare what is read back with the masked model."""
     session.tell(f"solving weights for {target.name}", 0, 1)
     solved = solve(session, decision.cut, session.work / "solved" / f"{target.name}.safetensors")

@@ -6,6 +6,7 @@ says it in one place.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,29 @@ CRITERIA = {
     "width": ("flap", "minitron", "wanda", "magnitude", "random", "ziplm"),
 }
 """Method -> its criteria, the default first."""
+
+OPTIONS = {
+    "layout": ("ziplm", "width", "lapp"), "round_to": ("ziplm", "width", "lapp"), "structures": ("ziplm", "width", "lapp"),
+    "sequential": ("ziplm",), "damp": ("ziplm", "width", "sparsegpt"), "owl": ("sparsegpt", "wanda"),
+    "train": ("lapp",), "bypass_rank": ("lapp",), "search": ("ziplm", "width"), "search_budget": ("ziplm", "width"),
+    "distill": ("ziplm", "width", "depth"), "nested": ("ziplm", "width"),
+    "allow_norm_approx": ("ziplm", "width", "lapp"), "protect_layers": STRUCTURED,
+}  # fmt: skip
+"""Option -> methods that know it; what is not here, all know."""
+
+OF_SPEEDUP = frozenset(
+    {
+        "mode",
+        "batch",
+        "context",
+        "generate",
+        "latency_table",
+        "table_anyway",
+        "tolerance",
+        "measure",
+    }
+)
+OF_TRAINING = frozenset({"distill_steps", "distill_batch", "distill_length", "learning_rate"})
 
 TARGETS = ("target_speedup", "target_params", "target_size", "sparsity", "keep_layers", "pattern")
 
@@ -140,7 +164,9 @@ class PruneRequest(BaseModel):
     @property
     def solver(self) -> str:
         """Name of the criterion that ranks units or layers."""
-        return self.criterion or ("ziplm" if self.method in ("ziplm", "lapp") else CRITERIA[self.method][0])
+        if self.criterion:
+            return self.criterion
+        return CRITERIA[self.method][0] if self.method in CRITERIA else self.method
 
     def checked(self) -> PruneRequest:
         """Refuse what does not go together.
@@ -165,7 +191,7 @@ class PruneRequest(BaseModel):
             raise UsageError(
                 "E265", f"{self.method} has no --criterion", help="--method width or --method depth"
             )
-        if self.criterion.replace("-", "_") not in allowed:
+        if self.criterion not in allowed:
             near = close_matches(self.criterion, allowed)
             raise UsageError("E265", f'unknown criterion "{_shown(self.criterion)}" of {self.method}',
                              help=(near + " " if near else "") + "one of: " + ", ".join(allowed))  # fmt: skip
@@ -184,8 +210,10 @@ class PruneRequest(BaseModel):
                 raise UsageError("E266", f"--sparsity {value:g} is not between 0 and 1",
                                  help=f"it is the fraction removed: of {SPARSITY[self.method]}")  # fmt: skip
         for value in (*self.target_params, *self.target_size, *self.keep_layers):
-            if value < 1:
-                raise UsageError("E266", f"a target of {value:g} leaves nothing", help="it must be above 0")
+            if not 1 <= value < math.inf:
+                raise UsageError(
+                    "E266", f"a target of {value:g} is no size", help="a number above 0, such as 3B or 6GB"
+                )
         if self.method in SPARSE and given[0] not in ("sparsity", "pattern"):
             option = "--" + given[0].replace("_", "-")
             raise UsageError("E266", f"{self.method} sets weights to zero and leaves every shape as it is: {option} cannot be reached",
@@ -203,31 +231,45 @@ class PruneRequest(BaseModel):
     def _check_options(self) -> None:
         default = type(self).model_fields
         changed = {name for name in default if getattr(self, name) != default[name].default}
-        only = {
-            "layout": ("ziplm", "width", "lapp"), "round_to": ("ziplm", "width", "lapp"), "structures": ("ziplm", "width", "lapp"),
-            "sequential": ("ziplm",), "damp": ("ziplm", "width", "sparsegpt"), "owl": ("sparsegpt", "wanda"),
-            "train": ("lapp",), "bypass_rank": ("lapp",), "search": ("ziplm",), "search_budget": ("ziplm",),
-            "distill": ("ziplm", "width", "depth"), "nested": ("ziplm", "width"),
-            "allow_norm_approx": ("ziplm", "width", "lapp"),
-        }  # fmt: skip
-        for name, methods in only.items():
+        for name, methods in OPTIONS.items():
             if name in changed and self.method not in methods:
-                raise UsageError("E267", f"--{name.replace('_', '-')} has no effect on {self.method}",
+                raise UsageError("E267", f"--{_dashed(name)} has no effect on {self.method}",
                                  help=f"it belongs to {', '.join(methods)}")  # fmt: skip
-        if not self.target_speedup:
-            for name in ("mode", "latency_table", "table_anyway", "tolerance"):
-                if name in changed:
-                    raise UsageError("E267", f"--{name.replace('_', '-')} has no effect without --target-speedup",
-                                     help="leave it out")  # fmt: skip
-        for name in ("distill_steps", "distill_batch", "distill_length", "learning_rate"):
-            if name in changed and not (self.distill or self.method == "lapp"):
-                raise UsageError("E267", f"--{name.replace('_', '-')} has no effect without --distill", help="add --distill")  # fmt: skip
-        if "hidden" in (self.structures or ()) and (self.method != "width" or self.solver != "minitron"):
-            raise UsageError("E267", "the hidden size is only cut by --method width --criterion minitron",
+        for name in sorted(changed & OF_SPEEDUP) if not self.target_speedup else ():
+            option = "--no-measure" if name == "measure" else f"--{_dashed(name)}"
+            raise UsageError("E267", f"{option} has no effect without --target-speedup", help="leave it out")
+        trains = self.distill or self.method == "lapp"
+        for name in sorted(changed & OF_TRAINING) if not trains else ():
+            raise UsageError(
+                "E267", f"--{_dashed(name)} has no effect without --distill", help="add --distill"
+            )
+        self._check_structures()
+        self._check_families()
+
+    def _check_structures(self) -> None:
+        structures, shares = self.structures, self.method == "width" and bool(self.sparsity)
+        if structures is not None and not set(structures) & {"heads", "ffn", "hidden"}:
+            raise UsageError("E267", f"--method {self.method} cuts heads and FFN channels, and --structures names neither",
+                             help="add ffn; to drop layers alone: --method depth")  # fmt: skip
+        if "hidden" in (structures or ()) and (self.solver != "minitron" or not shares):
+            raise UsageError("E267", "the hidden size is only cut by --method width --criterion minitron --sparsity",
                              help="leave hidden out of --structures")  # fmt: skip
-        if self.nested and (len(self.targets) < 2 or self.layout != "uniform"):
-            raise UsageError("E267", "--nested needs two or more targets and the uniform layout",
+        if shares and ("layers" in (structures or ()) or self.layout == "per-layer"):
+            option = "--layout per-layer" if self.layout == "per-layer" else "layers in --structures"
+            raise UsageError("E267", f"{option} has no effect here: width --sparsity takes the same share of every layer",
+                             help="--target-params or --target-speedup chooses; or leave it out")  # fmt: skip
+        if self.protect_layers and self.method != "depth" and self.layout == "uniform":
+            raise UsageError("E267", "--protect-layers cannot be kept in a uniform layout: all layers shrink alike",
+                             help="--layout per-layer, or --method depth")  # fmt: skip
+
+    def _check_families(self) -> None:
+        several = len(self.targets) > 1
+        if self.nested and (not several or self.layout != "uniform" or self.distill):
+            raise UsageError("E267", "--nested needs two or more targets, the uniform layout and no --distill",
                              help="a nested family: --target-speedup 1.3,1.6,2 --nested")  # fmt: skip
+        if self.distill and several and self.layout == "per-layer":
+            raise UsageError("E267", "--distill makes each member of a family from the one before, which --layout per-layer cannot take up",
+                             help="one target at a time, or --layout uniform")  # fmt: skip
 
     def work_folder(self, destination: Path) -> Path:
         """Return where rankings, Hessians and candidates lie: --work, or OUT.work."""
@@ -245,13 +287,19 @@ def build(**values: Any) -> PruneRequest:
     for name in ("target_speedup", "target_params", "target_size", "sparsity", "keep_layers"):
         if isinstance(values.get(name), (int, float)):
             values[name] = (values[name],)
+    if isinstance(values.get("criterion"), str):
+        values["criterion"] = values["criterion"].replace("-", "_").lower()
     try:
         return PruneRequest(**values).checked()
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"]) or "request"
-        raise UsageError("E268", f"--{name.split('.')[0].replace('_', '-')}: {first['msg'].lower()}",
+        raise UsageError("E268", f"--{_dashed(name.split('.')[0])}: {first['msg'].lower()}",
                          help=f"given: {_shown(str(first.get('input')))}") from None  # fmt: skip
+
+
+def _dashed(name: str) -> str:
+    return name.replace("_", "-")
 
 
 def _shown(text: str) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from surgeon import __version__
 from surgeon.calibrate.settings import Settings
 from surgeon.checkpoint.dtypes import CODES
 from surgeon.derive import Source
@@ -25,18 +26,26 @@ from surgeon.prune.cost import Cost, SizeCost, TimeCost
 from surgeon.prune.criteria import minitron
 from surgeon.prune.depth_ranking import DepthRanking
 from surgeon.prune.goal import Goal
-from surgeon.prune.levels import granularity, useful_modes
+from surgeon.prune.levels import granularity
+from surgeon.prune.permitted import Permitted
 from surgeon.prune.ranking import Ranking
-from surgeon.prune.request import PruneRequest, Target
+from surgeon.prune.request import TARGETS, PruneRequest, Target
 from surgeon.prune.true_loss import TrueLoss, Weights
 from surgeon.structure.biases import with_biases
-from surgeon.structure.check import check, is_uniform
 from surgeon.structure.cut import Cut, Kept
 from surgeon.structure.find import structure_of
 from surgeon.structure.parts import Structure
 
 Tell = Callable[[str, int, int], None]
 Say = Callable[[str], None]
+
+PLACES = frozenset(
+    {"model", "work", "threads", "memory_limit", "latency_table", "device", "offline", "calibration", "max_shard_size"}
+)  # fmt: skip
+"""Fields of the request that say where and how fast, not what."""
+
+OF_TEXT = ("name", "sha256", "ids_sha256", "statistics", "search", "held_out")
+"""What of a text's record goes into a manifest."""
 
 
 @dataclass
@@ -106,26 +115,54 @@ class Session:
                           seed=r.seed, precision=r.tolerance / 3)  # fmt: skip
 
     @cached_property
+    def permitted(self) -> Permitted:
+        return Permitted(self.source, self.structure, self.request, self.decoder, self.say)
+
+    @property
     def structures(self) -> tuple[str, ...]:
         """The structures that may be cut, in force."""
-        given = self.request.structures
-        if given is not None:
-            return given
-        if not self.decoder:
-            return ("ffn", "layers") if self.request.method == "ziplm" else ("ffn",)
-        return ("heads", "ffn", "layers") if self.request.method == "ziplm" else ("heads", "ffn")
+        return self.permitted.structures
 
     @cached_property
     def modes(self) -> tuple[str, ...]:
         """Kinds of attention units that may go; of those a given table says nothing about, none."""
-        if "heads" not in self.structures:
-            return ()
-        found = useful_modes(self.structure)
-        if not self.request.latency_table:
+        found = self.permitted.modes
+        if not found or not self.request.latency_table or not self.request.target_speedup:
             return found
         first = next(part for part in self.structure.attention if part is not None)
         least = {"groups": (first.per_group, 1), "heads": (first.groups, first.groups)}
         return tuple(mode for mode in found if _knows(self.table, *least[mode]))
+
+    def writable(self, cut: Cut) -> bool:
+        """Say whether a stock class holds a cut."""
+        return self.permitted.writable(cut)
+
+    # ---- identity ----------------------------------------------------------------------------------
+
+    @cached_property
+    def asked(self) -> dict[str, Any]:
+        """What of the request and of the text decides about the result, without places."""
+        document = self.request.model_dump(mode="json")
+        found: dict[str, Any] = {
+            "request": {name: value for name, value in document.items() if name not in PLACES},
+            "calibration": {name: self.texts.record[name] for name in OF_TEXT if name in self.texts.record},
+        }
+        if self.request.latency_table:
+            content = Path(self.request.latency_table).read_bytes()
+            found["latency_table"] = hashlib.sha256(content).hexdigest()
+        return found
+
+    @cached_property
+    def key(self) -> str:
+        """What results of one target in the work folder depend on: source, request without targets, text, program."""
+        request = {name: value for name, value in self.asked["request"].items() if name not in TARGETS}
+        checkpoint = self.source.checkpoint
+        content = {
+            "program": __version__, **self.asked, "request": request, "device": self.settings.device,
+            "threads": self.request.threads, "config": checkpoint.config, "view": getattr(checkpoint, "identity", ""),
+            "headers": [[h.sha256, h.stamp.size, h.stamp.mtime_ns] for h in checkpoint.headers],
+        }  # fmt: skip
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     # ---- text --------------------------------------------------------------------------------------
 
@@ -154,25 +191,40 @@ class Session:
                 table.check(None, workload=self.workload, where=Path(r.latency_table))
             self.workload = table.workload
             return table
-        file = self.work / "table.json"
+        levels = self._levels()
+        file = self._table_file(levels)
         if file.is_file():
             try:
                 return LatencyTable.load(file, self._here, config, workload=self.workload)
             except SurgeonError:
                 file.unlink()  # of other conditions: measured again
         self.say(f"measuring the latency table ({self.workload.sentence()})")
-        ffn = next((part.width for part in self.structure.ffn if part is not None), 0)
-        step = granularity(ffn, r.round_to) if ffn else 1
-        levels = [Levels.of(self.structure, attention=mode, multiple=step) for mode in self.modes or (None,)]
-        merged = Levels(tuple(dict.fromkeys(a for one in levels for a in one.attention)), levels[0].ffn)
         table = measure_table(
-            config, self.structure, self.workload, merged, self.conditions, progress=self.tell, stop=self.stop
+            config, self.structure, self.workload, levels, self.conditions, progress=self.tell, stop=self.stop
         )
         self.work.mkdir(parents=True, exist_ok=True)
         table.save(file)
         for note in table.notes:
             self.say(note)
         return table
+
+    @property
+    def knows_table(self) -> bool:
+        """Whether the latency table is given, or lies in the work folder from an earlier run."""
+        return self.request.latency_table is not None or self._table_file(self._levels()).is_file()
+
+    def _levels(self) -> Levels:
+        """Return the sizes that are timed."""
+        ffn = next((part.width for part in self.structure.ffn if part is not None), 0)
+        step = granularity(ffn, self.request.round_to) if ffn else 1
+        modes = self.modes or (None,)
+        levels = [Levels.of(self.structure, attention=mode, multiple=step) for mode in modes]
+        return Levels(tuple(dict.fromkeys(a for one in levels for a in one.attention)), levels[0].ffn)
+
+    def _table_file(self, levels: Levels) -> Path:
+        content = [self.workload.document(), levels.attention, levels.ffn, self.request.tolerance]
+        name = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+        return self.work / f"table-{name}.json"
 
     @cached_property
     def _here(self):
@@ -216,37 +268,61 @@ class Session:
         return self.database.ranking(layer, kind, mode)
 
     def depth_ranking(self, most: int | None = None, method: str | None = None) -> DepthRanking:
-        """Return which layers go first; kept for later targets and runs."""
+        """Return which layers go first; kept for later targets and runs.
+
+        Args:
+            most: layers that may have to go; None for as many as can.
+            method: a depth criterion; None takes the one in force.
+        """
         name = method or ("nmse" if self.request.method != "depth" else self.request.solver)
+        ranking = self._ranked_layers(name, most)
+        protected = set(self.request.protect_layers)
+        if not protected:
+            return ranking
+        first = next((k for k, drop in enumerate(ranking.drops) if protected & set(drop)), len(ranking.drops))
+        if first < 2:
+            raise UsageError("E267", f"{name} drops a layer of --protect-layers first", help="protect other layers, or another --criterion")  # fmt: skip
+        return DepthRanking(ranking.method, ranking.layers, ranking.drops[:first], ranking.scores[:first],
+                            ranking.importance, ranking.notes)  # fmt: skip
+
+    def _ranked_layers(self, name: str, most: int | None) -> DepthRanking:
+        file = self.work / f"layers-{name}.json"
+        try:
+            kept = json.loads(file.read_bytes())
+            ranking = DepthRanking.from_document(kept["ranking"])
+            if kept["key"] == self.key and most is not None and len(ranking.drops) > most:
+                return ranking
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
         chosen = depth.get(name)
-        layers = self.structure.layers
         ranking = chosen.rank(
             self.source.checkpoint, list(self.texts.search) if chosen.needs_text else [], self.settings, drop=most,
             progress=lambda done, total: self.tell("ranking layers", done, total), stop=self.stop,
         )  # fmt: skip
-        protected = set(self.request.protect_layers)
-        if not protected:
-            return ranking
-        drops = [drop for drop in ranking.drops if not protected & set(drop)]
-        if len(drops) < 2:
-            raise UsageError("E267", f"--protect-layers keeps all of the {layers} layers that {name} would drop",
-                             help="protect fewer layers")  # fmt: skip
-        first = next((k for k, drop in enumerate(ranking.drops) if protected & set(drop)), len(ranking.drops))
-        return DepthRanking(ranking.method, ranking.layers, ranking.drops[:first], ranking.scores[:first],
-                            ranking.importance, ranking.notes)  # fmt: skip
+        self.keep(file.name, {"key": self.key, "ranking": ranking.document()})
+        return ranking
 
     @cached_property
     def drops(self) -> tuple[tuple[int, ...], ...]:
         """Sets of layers that may go: none, or nested ones by what the output loses."""
         if "layers" not in self.structures or self.structure.layers <= 2:
             return ((),)
-        return self.depth_ranking(max(1, self.structure.layers // 2)).drops
+        return self.depth_ranking(self.most_drops).drops
+
+    @cached_property
+    def most_drops(self) -> int:
+        """Layers that may go at most: half of them, and no more than meet the strongest target alone."""
+        half = max(1, self.structure.layers // 2)
+        goals = [self.goal(target) for target in self.request.targets if target.kind != "layers"]
+        return max((min(half, drops_needed(goal)) for goal in goals), default=half)
 
     # ---- losses ------------------------------------------------------------------------------------
 
     @cached_property
     def true_loss(self) -> TrueLoss:
-        return TrueLoss(self.source.checkpoint, self.structure, self.texts.search, self.settings)
+        return TrueLoss(
+            self.source.checkpoint, self.structure, self.texts.search, self.settings, stop=self.stop
+        )
 
     @cached_property
     def _known(self) -> dict[str, float]:
@@ -260,6 +336,12 @@ class Session:
             self._known.update(zip(fresh, map(float, found), strict=True))
             self.tell("comparing plans", len(self._known), len(self._known))
         return [self._known[cut.identity()] for cut in cuts]
+
+    def release(self) -> None:
+        """Free the activations that comparing plans holds; they are computed anew when more plans come."""
+        loss = self.__dict__.pop("true_loss", None)
+        if loss is not None:
+            loss.close()
 
     @cached_property
     def weights(self) -> Weights | None:
@@ -288,47 +370,24 @@ class Session:
                 where=error.where, help="--criterion ziplm solves the remaining weights instead; it needs no bias",
             ) from error  # fmt: skip
 
-    def hidden_kept(self, share: float) -> Kept:
-        """Return the channels of the residual stream that stay when a share of them goes (Minitron)."""
+    def hidden_kept(self, count: int) -> Kept:
+        """Return the channels of the residual stream that stay (Minitron)."""
         scores = minitron.hidden_scores(
             self.source.checkpoint, self.texts.statistics, self.settings, stop=self.stop,
             progress=lambda done, total: self.tell("ranking the residual stream", done, total),
         )  # fmt: skip
-        width = self.structure.hidden
-        head = next((part.head_dim for part in self.structure.attention if part is not None), 1)
-        step = math.lcm(head, granularity(width, self.request.round_to)) if width >= 512 else head
-        keep = max(step, step * math.ceil(width * (1 - share) / step - 1e-9))
         order = minitron.hidden_order(scores)
-        return tuple(sorted(int(channel) for channel in order[width - min(keep, width) :]))
+        return tuple(sorted(int(channel) for channel in order[len(order) - count :]))
 
     @cached_property
     def reference(self) -> list[Any]:
         """Last hidden states of the source on the held-out text."""
         return quality.last_states(self.source.checkpoint, self.texts.held_out, self.settings)
 
-    # ---- legality ----------------------------------------------------------------------------------
-
-    def writable(self, cut: Cut) -> bool:
-        """Say whether a stock class holds a cut."""
-        try:
-            check(cut, self.structure, self.source.checkpoint.config or {}, for_stock=True,
-                  allow_norm_approx=self.request.allow_norm_approx)  # fmt: skip
-        except SurgeonError:
-            return False
-        return is_uniform(cut, self.structure)
-
     @property
     def used_text(self) -> bool:
         """Whether calibration text was read in this run."""
         return "texts" in self.__dict__
-
-    def needs(self) -> dict[str, Any]:
-        """Return what a run would need, for a dry run."""
-        kinds = [name for name in self.structures if name in ("heads", "ffn")]
-        disk = 0
-        if self.request.method in ("ziplm", "width"):
-            disk = database.disk_bytes(self.structure, self.request.solver, kinds)
-        return {"work_folder_bytes": disk}
 
     def keep(self, name: str, document: dict[str, Any]) -> None:
         """Write a file of plain data into the work folder."""
@@ -342,6 +401,17 @@ def _knows(table: LatencyTable, heads: int, groups: int) -> bool:
     except UsageError:
         return False
     return True
+
+
+def drops_needed(goal: Goal) -> int:
+    """Return how many layers must go to reach a goal with layers alone, the cheapest first."""
+    structure, left = goal.cost.structure, goal.cost.dense
+    times = sorted(goal.cost.layer(layer, structure.shape(layer)) for layer in range(structure.layers))
+    for number, time in enumerate(times, start=1):
+        left -= time
+        if left <= goal.budget:
+            return number
+    return len(times)
 
 
 def _auto() -> str:

@@ -26,18 +26,18 @@ def test_the_sentences_are_disjoint_and_of_the_promised_length():
 
 
 @pytest.mark.slow
-def test_ziplm_is_first_and_far_ahead_of_flap(encoder):
-    """Bars on all sentences: .02 at a quarter, .05 at half; a quarter of the calibration text gives a little less."""
+def test_ziplm_is_first_and_ahead_of_flap(encoder):
+    """On all sentences it leads by .040 and .096 for channels, .028 and .049 for heads; with less text by less."""
     methods = encoder_benchmark.REQUIRED
     found = encoder_benchmark.width_cosines(encoder, methods, seeds=2)
-    for kind in ("ffn", "attention"):
-        for fraction, lead in ((0.25, 0.015), (0.5, 0.04)):
-            scores = {name: float(found[name, kind, fraction].mean()) for name in methods}
-            others = [score for name, score in scores.items() if name != "ziplm"]
-            assert scores["ziplm"] > max(others), scores
-            assert scores["ziplm"] - scores["flap"] > lead, scores
-            assert scores["flap"] > scores["wanda, structured"] > scores["random"], scores
-            assert scores["ziplm"] - scores["OBS without update"] > lead, scores
+    leads = {("ffn", 0.25): 0.02, ("ffn", 0.5): 0.05, ("attention", 0.25): 0.01, ("attention", 0.5): 0.02}
+    for (kind, fraction), lead in leads.items():
+        scores = {name: float(found[name, kind, fraction].mean()) for name in methods}
+        others = [score for name, score in scores.items() if name != "ziplm"]
+        assert scores["ziplm"] > max(others), scores
+        assert scores["ziplm"] - scores["flap"] > lead, scores
+        assert scores["flap"] > scores["wanda, structured"] > scores["random"], scores
+        assert scores["ziplm"] - scores["OBS without update"] > 0.025, scores
     assert found["ziplm", "ffn", 0.25].mean() > 0.97 and found["ziplm", "ffn", 0.5].mean() > 0.91
 
 

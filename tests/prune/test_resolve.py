@@ -260,7 +260,7 @@ def test_in_sequence_it_is_what_two_stock_models_give(family, mode, tmp_path):
     for name, values in wanted.items():
         info = found.tensors[name]
         own = found.read(name, 0, info.elements).reshape(info.shape)
-        np.testing.assert_allclose(own, values, atol=2e-4 * float(values.abs().max()))
+        np.testing.assert_allclose(own, values, atol=1e-3 * float(values.abs().max()))
 
 
 @functools.cache

@@ -426,7 +426,7 @@ def sums(count, seed):
     ]  # fmt: skip
 
 
-def test_a_trained_model_keeps_most_with_sparsegpt_and_least_with_magnitude(scratch):
+def test_a_trained_model_loses_least_with_sparsegpt(scratch):
     """Divergence from the dense model on other sums than those it was calibrated on."""
     checkpoint = open_path(TRAINED)
     samples, others = sums(48, 0), sums(24, 1)
@@ -446,7 +446,7 @@ def test_a_trained_model_keeps_most_with_sparsegpt_and_least_with_magnitude(scra
         distance[method] = float(
             torch.cat([(p.exp() * (p - q)).sum(-1) for p, q in zip(before, after, strict=True)]).mean()
         )
-    assert distance["sparsegpt"] < 0.9 * distance["wanda"] < 0.9 * distance["magnitude"], distance
+    assert distance["sparsegpt"] < 0.5 * min(distance["wanda"], distance["magnitude"]), distance
     assert all(0 < fact["relative_error"] < 0.5 for fact in record["matrices"])
 
 

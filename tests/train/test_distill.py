@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import threading
 from dataclasses import replace
@@ -12,7 +13,9 @@ import pytest
 import torch
 from train_models import Text, disturbed, model_folder, read, stock, texts
 
+from surgeon.checkpoint.checkpoint import open_path
 from surgeon.errors import InputError, Interrupted, OutputConflict, UsageError
+from surgeon.structure.views import PrunedView
 from surgeon.train import losses
 from surgeon.train.batches import Order, batch_of, set_aside
 from surgeon.train.distance import Distance, check_fit
@@ -268,3 +271,33 @@ def test_products_in_bfloat16_keep_float32_parameters(pair, scratch):
     record = distill(student, teacher, texts(), options, scratch / "w", scratch / "out")
     assert record["after"]["logit"] < record["before"]["logit"]
     assert all(t.dtype == torch.float32 for t in read(scratch / "out").values())
+
+
+def test_a_student_with_layers_of_different_sizes(scratch):
+    """Per-layer shapes: the folder comes back with its own configuration and loads strictly."""
+    from safetensors.torch import save_file
+
+    from surgeon.deploy import build, per_layer
+    from surgeon.structure.config import pruned_config
+    from surgeon.structure.cut import Cut, LayerCut
+    from surgeon.structure.find import structure_of
+
+    teacher = model_folder("llama")
+    checkpoint = open_path(teacher)
+    structure = structure_of(checkpoint)
+    cut = Cut((LayerCut(None, tuple(range(24))), LayerCut((0, 1), None), LayerCut()))
+    config, code = per_layer.finish(pruned_config(dict(checkpoint.config or {}), structure, cut))
+    (scratch / "student").mkdir()
+    (scratch / "student" / "config.json").write_text(json.dumps(config))
+    for name, content in code:
+        (scratch / "student" / name).write_bytes(content)
+    view = PrunedView(checkpoint, structure, cut)
+    tensors = {n: torch.tensor(view.read(n, 0, i.elements)).reshape(i.shape) for n, i in view.tensors.items()}
+    save_file(tensors, scratch / "student" / "model.safetensors", metadata={"format": "pt"})
+    record = distill(scratch / "student", teacher, texts(), QUICK, scratch / "w", scratch / "out")
+    assert record["after"]["logit"] < record["before"]["logit"]
+    assert (scratch / "out" / "config.json").read_text() == json.dumps(config)
+    for name, content in code:
+        (scratch / "out" / name).write_bytes(content)
+    loaded = build.load(scratch / "out")
+    assert loaded.model.layers[0].mlp.down_proj.weight.shape == (32, 24)

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from surgeon.calibrate.placement import Placement
 from surgeon.calibrate.settings import Settings
 from surgeon.calibrate.skeleton import Skeleton
 from surgeon.calibrate.walk import Walk
@@ -160,6 +161,7 @@ class _Run:
         self.layers = matrices_of(
             checkpoint, Skeleton(checkpoint, replace(settings, device="cpu")), ignore=options.ignore
         )
+        self.placement = Placement.of(settings.device, len(self.layers))
         self.skipped: list[Matrix] = []
         if options.pattern is not None:
             everything = [matrix for layer in self.layers for matrix in layer]
@@ -292,10 +294,13 @@ class _Run:
         arrays: dict[str, tuple[str, np.ndarray]] = {}
         facts: list[dict[str, Any]] = []
         hessians: dict[str, Tensor] = {}
+        # Counting bit patterns is NumPy's; everything else happens where the layer was computed.
+        device = self.placement.of_layer(layer) if observer is not None else torch.device("cpu")
         for matrix in self.layers[layer]:
-            weight = read_matrix(self.checkpoint, matrix)
+            weight = read_matrix(self.checkpoint, matrix).to(device)
             result, fact = self._one(matrix, weight, observer, hessians, threshold)
             info = self.checkpoint.tensors[matrix.tensor]
+            result = result.cpu()
             stored = narrow((result.T if matrix.transposed else result).contiguous().numpy(), info.dtype)
             if matrix.expert is None:
                 arrays[matrix.tensor] = (info.dtype, stored.reshape(info.shape))
@@ -331,7 +336,7 @@ class _Run:
             )
         else:
             if matrix.module not in hessians:
-                hessians[matrix.module] = observer.hessian(matrix.module)
+                hessians[matrix.module] = observer.hessian(matrix.module).to(weight.device)
             hessian = hessians[matrix.module]
             solved = sparsegpt.solve(
                 weight, hessian, sparsity, pattern, damp=self.options.damp, module=matrix.label

@@ -15,7 +15,7 @@ from surgeon.prune.sparse.masks import Pattern, smallest_groups, smallest_rows
 
 def scores(weight: Tensor, norms: Tensor) -> Tensor:
     """Return |W_ij| ||X_j|| [out, in]; ``norms`` [in] over all calibration tokens."""
-    return weight.abs() * norms.to(weight.dtype)
+    return weight.abs() * norms.to(weight)
 
 
 def mask(
