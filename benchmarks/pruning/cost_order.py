@@ -27,7 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "prune"))
 import naive_obs
 
-from surgeon.prune.obs import error_of, removal_order, solve
+from surgeon.prune.closed_form import error_of, solve
+from surgeon.prune.obs import removal_order
 
 OUT = Path(__file__).resolve().parent / "RESULTS-order.md"
 DAMP = 1e-2

@@ -1,8 +1,8 @@
-"""Write the sentences of the encoder benchmark: 512 to calibrate with and 256 others to evaluate.
+"""Write the sentences of the encoder benchmark: 1,024 to calibrate with and 256 others to evaluate.
 
 They are English sentences of 8 to 40 words from the prose that ships with surgeon
-(surgeon/calibrate/texts/prose.jsonl; its rights are in text/README.md). The order is that of their sha256, no
-source gives more than 200, and no sentence occurs twice.
+(surgeon/calibrate/texts/prose.jsonl; its rights are in text/README.md). The order is that of their sha256; no
+source gives more than 200 of the first 768 (512 and the 256), and no more than 500 in all; none occurs twice.
 
     python benchmarks/pruning/make_sentences.py
 """
@@ -17,8 +17,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 PROSE = HERE.parents[1] / "surgeon" / "calibrate" / "texts" / "prose.jsonl"
-COUNTS = {"calibration": 512, "evaluation": 256}
-MOST_FROM_ONE = 200
+FIRST, EVALUATION, MORE = 512, 256, 512
+MOST_FROM_ONE, MOST_IN_ALL = 200, 500
 
 
 def sources() -> dict[str, str]:
@@ -47,20 +47,26 @@ def sentences(text: str) -> list[str]:
 
 def main() -> None:
     pool = {s: title for title, text in sources().items() for s in sentences(text)}
+    order = sorted(pool, key=lambda s: hashlib.sha256(s.encode()).hexdigest())
     taken: Counter[str] = Counter()
+    head = _take(order, pool, taken, MOST_FROM_ONE, FIRST + EVALUATION)
+    tail = _take([s for s in order if s not in set(head)], pool, taken, MOST_IN_ALL, MORE)
+    parts = {"calibration": [*head[:FIRST], *tail], "evaluation": head[FIRST:]}
+    for name, part in parts.items():
+        (HERE / "text" / f"{name}.txt").write_text("\n".join(part) + "\n", encoding="utf-8")
+    for title, count in Counter(pool[sentence] for part in parts.values() for sentence in part).most_common():
+        print(count, title)
+
+
+def _take(order: list[str], pool: dict[str, str], taken: Counter[str], most: int, wanted: int) -> list[str]:
+    """Return the next sentences whose sources have not given too many."""
     chosen = []
-    for sentence in sorted(pool, key=lambda s: hashlib.sha256(s.encode()).hexdigest()):
-        if taken[pool[sentence]] < MOST_FROM_ONE:
+    for sentence in order:
+        if len(chosen) < wanted and taken[pool[sentence]] < most:
             taken[pool[sentence]] += 1
             chosen.append(sentence)
-    start = 0
-    for name, count in COUNTS.items():
-        part = chosen[start : start + count]
-        assert len(part) == count, f"only {len(chosen)} sentences"
-        (HERE / "text" / f"{name}.txt").write_text("\n".join(part) + "\n", encoding="utf-8")
-        start += count
-    for title, count in Counter(pool[sentence] for sentence in chosen[:start]).most_common():
-        print(count, title)
+    assert len(chosen) == wanted, f"only {len(chosen)} sentences"
+    return chosen
 
 
 if __name__ == "__main__":

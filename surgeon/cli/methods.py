@@ -10,12 +10,14 @@ from surgeon.cli import options as o
 from surgeon.cli.errors import run_command
 from surgeon.cli.output import Output
 
-FAMILIES = ("merge",)
+FAMILIES = ("merge", "prune", "edit")
 _OPTIONS = {"weight", "density", "lambda", "t", "normalize"}
 
 
 def methods(
-    name: Annotated[str | None, typer.Argument(metavar="merge|NAME", help="A family, or one method.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar="merge|prune|edit|NAME", help="A family, or one method.")
+    ] = None,
     json_: o.Json = False,
     quiet: o.Quiet = False,
     verbose: o.Verbose = False,
@@ -27,7 +29,10 @@ def methods(
         from surgeon.merge.adjustments import ADJUSTMENTS
         from surgeon.merge.methods import catalogue, names
 
-        if name is None or name in FAMILIES:
+        other = _other_families(out, name)
+        if other is not None:
+            return other
+        if name is None or name == "merge":
             found = [catalogue(n) for n in names()]
             _listing(out, found, ADJUSTMENTS)
             return {"family": "merge", "methods": [describe(m) for m in found],
@@ -44,6 +49,39 @@ def methods(
         return {"family": "merge", "method": {**describe(method), "page": method.page}}
 
     raise typer.Exit(run_command(out, "methods", work))
+
+
+def _other_families(out: Output, name: str | None) -> dict[str, Any] | None:
+    """Show pruning and editing, or one of their methods; None where it is merging that is asked for."""
+    from surgeon.edit.request import SUMMARIES
+    from surgeon.prune.request import CRITERIA, METHODS, SPARSITY
+
+    families = {"prune": METHODS, "edit": SUMMARIES}
+    for family, found in families.items():
+        if name == family:
+            out.table(["method", "what it does"], [[method, text] for method, text in found.items()])
+            return {
+                "family": family,
+                "methods": [{"name": method, "summary": text} for method, text in found.items()],
+            }
+        if name in found:
+            assert name is not None
+            out.line(f"{name}   surgeon {family} MODEL --method {name}")
+            out.line()
+            out.line(found[name])
+            page: dict[str, Any] = {"name": name, "summary": found[name]}
+            if family == "prune":
+                page["sparsity"] = SPARSITY[name]
+                out.line(f"--sparsity   counts {SPARSITY[name]}")
+                if name in CRITERIA:
+                    page["criteria"] = list(CRITERIA[name])
+                    shown = ", ".join(one.replace("_", "-") for one in CRITERIA[name])
+                    out.line(f"--criterion  {shown} (the first is the default)")
+            return {"family": family, "method": page}
+    if name is None:
+        out.line("prune and edit have methods, too: surgeon methods prune, surgeon methods edit")
+        out.line()
+    return None
 
 
 def describe(method: Any) -> dict[str, Any]:

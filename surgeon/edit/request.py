@@ -9,7 +9,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from surgeon.errors import UsageError
 
-METHODS = ("thinkedit", "project-out", "steer")
+SUMMARIES = {
+    "thinkedit": "takes the short-thinking direction out of the heads that write it: the model thinks longer",
+    "project-out": "takes a direction out of chosen matrices",
+    "steer": "shifts the residual stream behind one layer by a constant, baked as a bias, or as a control vector",
+}
+"""Method -> one line."""
+METHODS = tuple(SUMMARIES)
 
 _ONLY: dict[str, tuple[str, ...]] = {
     "heads": ("thinkedit",), "heads_fraction": ("thinkedit",), "heads_count": ("thinkedit",),

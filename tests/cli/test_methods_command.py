@@ -17,7 +17,21 @@ def test_every_method_is_listed_with_its_sentence(capsys):
     for name in names():
         assert name.replace("_", "-") in ran.out
         assert catalogue(name).summary in ran.out
-    assert run(capsys, "methods", "merge").out == ran.out
+    assert ran.out.endswith(run(capsys, "methods", "merge").out)
+    assert "surgeon methods prune" in ran.out
+
+
+@pytest.mark.parametrize("family", ["prune", "edit"])
+def test_the_other_families_list_every_method_and_have_a_page_for_each(capsys, family):
+    import importlib
+
+    known = importlib.import_module(f"surgeon.{family}.request").METHODS
+    listed = run(capsys, "methods", family, "--json").document
+    assert [method["name"] for method in listed["methods"]] == list(known)
+    for method in listed["methods"]:
+        page = run(capsys, "methods", method["name"])
+        assert page.code == 0
+        assert f"surgeon {family} MODEL --method {method['name']}" in page.out and method["summary"] in page.out
 
 
 @pytest.mark.parametrize("name", names())
