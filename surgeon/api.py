@@ -29,6 +29,7 @@ from surgeon.system import physical_cores
 if TYPE_CHECKING:
     from surgeon import comparison, inspection
     from surgeon.checkpoint.header import TensorInfo
+    from surgeon.verify import readers
     from surgeon.verify.readers import Reading
     from surgeon.verify.static import Report
 
@@ -341,7 +342,14 @@ class Verification:
 
 
 @contextlib.contextmanager
-def open_model(model: str | Path, *, offline: bool = False, weights: str = "auto", ignore_unlisted: bool = False) -> Iterator[OpenModel]:  # fmt: skip
+def open_model(
+    model: str | Path,
+    *,
+    offline: bool = False,
+    weights: str = "auto",
+    ignore_unlisted: bool = False,
+    allow_pickle: bool = False,
+) -> Iterator[OpenModel]:
     """Open one model (folder, file, hub id, MODEL+ADAPTER) for reading and close it afterwards.
 
     Raises:
@@ -349,7 +357,8 @@ def open_model(model: str | Path, *, offline: bool = False, weights: str = "auto
     """
     try:
         reference = parse_model_ref(str(model))
-        opened = open_models([reference], Opening(offline=offline, weights=weights, ignore_unlisted=ignore_unlisted))[reference]  # fmt: skip
+        opening = Opening(offline, weights, None, ignore_unlisted, allow_pickle)
+        opened = open_models([reference], opening)[reference]
     except OSError as error:
         raise EnvironmentFault(
             "E502", f"cannot read {printable(str(model))}: {error.strerror or error}"
@@ -548,8 +557,9 @@ def verify(
             "max_abs": max((v.max_abs for v in (result.values or {}).values()), default=0.0),
         }  # fmt: skip
     found.reading = readers.read_with_transformers(
-        path, generate=generate, against=other, timeout=timeout or readers.TIMEOUT, memory_limit=memory_limit
-    )
+        path, generate=generate, against=other, timeout=timeout or readers.TIMEOUT, memory_limit=memory_limit,
+        own_code=_own_code(path, *([other] if other is not None else [])),
+    )  # fmt: skip
     logits = found.reading.checks.get("against")
     if tolerance is not None and logits and logits["relative"] > tolerance:
         found.reading.errors.append(
@@ -557,6 +567,20 @@ def verify(
                        where=Where(str(path)))
         )  # fmt: skip
     return found
+
+
+def _own_code(*folders: Path) -> dict[Path, readers.OwnCode]:
+    """Return the packaged class for every folder of a model whose layers differ (its own files are never run).
+
+    Raises:
+        InputError: E326 a code file in a folder is not the packaged one; E327 a family without such a class.
+    """
+    from surgeon.checkpoint.strict_json import read_json_object
+    from surgeon.deploy import packaged
+
+    return {
+        folder: own for folder in folders if (own := packaged.code_of(folder, read_json_object(folder / "config.json")))
+    }  # fmt: skip
 
 
 def evaluate(
@@ -585,10 +609,12 @@ def evaluate(
 
 
 @contextlib.contextmanager
-def open_source(model: str | Path, *, offline: bool = False) -> Iterator[Source]:
-    """Open the one model that something is derived from."""
-    with open_model(model, offline=offline) as opened:
-        yield Source(opened.key, opened.checkpoint, opened.ref.path, opened.located.repo, opened.located.commit)
+def open_source(model: str | Path, **opening: Any) -> Iterator[Source]:
+    """Open the one model that something is derived from; ``opening`` as in `open_model`."""
+    with open_model(model, **opening) as opened:
+        yield Source(
+            opened.key, opened.checkpoint, opened.ref.path, opened.located.repo, opened.located.commit
+        )
 
 
 def default_output(model: str | Path, ending: str) -> Path:
@@ -693,7 +719,9 @@ def edit(
 
     asked = requests.build(**options)
     with open_source(model, offline=asked.offline) as source:
-        where = Path(output) if output else run.default_output(str(model), source.checkpoint.folder, source.repo)
+        where = (
+            Path(output) if output else run.default_output(str(model), source.checkpoint.folder, source.repo)
+        )
         return run.edit(asked, source, where, overwrite=overwrite, resume=resume, threads=threads,
                         memory_limit=memory_limit, progress=progress, stop=stop)  # fmt: skip
 
@@ -724,7 +752,8 @@ def export(
     from surgeon.deploy import export_request
     from surgeon.deploy.export import export as run
 
-    request = export_request.build(**options)
-    with open_source(model) as source:
+    request = export_request.build(model=str(model), **options)
+    opening = {name: getattr(request, name) for name in ("offline", "weights", "ignore_unlisted", "allow_pickle")}
+    with open_source(model, **opening) as source:
         return run(source, request, Path(output) if output else None, overwrite=overwrite, resume=resume, dry_run=dry_run,
                    threads=threads, memory_limit=memory_limit, progress=progress, stop=stop)  # fmt: skip

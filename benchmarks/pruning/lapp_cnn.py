@@ -1,13 +1,15 @@
 """Learned thresholds on a convolutional network from scratch: ``python benchmarks/pruning/lapp_cnn.py``.
 
-A ResNet-20 (He et al., arXiv 1512.03385) for 32x32 images of ten classes that are drawn here. What arXiv
+A ResNet-20 (He et al., arXiv 1512.03385; its stem halves the image, for speed) for 32x32 images of ten
+classes that are drawn here. What arXiv
 2309.14157 does with CIFAR-10 is done in its style: every residual block has a light path beside it from the
 start (1x1 to r channels and back), one threshold a block decides which filters of its first convolution stay,
 a FLOPs budget tightens during the first 30 % of training, then the network is sliced and trained on. The path
 stays in the network and its FLOPs are counted. Beside it, trained for as many steps on the same images: the
-whole network, and networks with equally many filters less in every block at no fewer FLOPs.
+whole network, and networks with equally many filters less in every block at no fewer FLOPs, and a network that has the learned widths from
+the start, which tells the choice of widths from the way there.
 
-Writes LAPP-CNN.md beside this file. One thread, under four minutes.
+Writes LAPP-CNN.md beside this file. One thread, four to five minutes.
 """
 
 from __future__ import annotations
@@ -45,30 +47,39 @@ CLASSES = (
 )
 PRUNING_SHARE = 0.3
 
+READING = """
+How to read it: with training this short, learned thresholds are not better than equal widths here; equal widths get
+slightly more multiply-adds, for a few filters are a coarse grid and they are rounded against the method. The learned
+widths trained from the start lie within the spread of the seeds of the uniform networks, so the choice of widths
+neither helps nor hurts visibly; in two of three seeds they end above the network that was pruned on the way.
+Two settings were run before this one and are not in the table. 300 steps with a stem that does not halve the image,
+three seeds: 77.1 % against 85.2 % and 81.5 % of the uniform networks (with and without path) and 92.0 % of the whole
+one. 450 steps on images with clutter that no network learned (whole network 40.8 %, two seeds): 20.5 % against 29.6 %
+and 34.2 %. The published result, ResNet-20 on CIFAR-10 at 40.3 % without loss, is neither reached nor refuted:
+these runs see their images four times.
+"""
+
 
 # ---- images ------------------------------------------------------------------------------------------
 
 
 def images(count: int, seed: int, size: int = 32) -> tuple[Tensor, Tensor]:
-    """Return [count, 3, size, size] and classes: a figure of random place, size, colour and angle in clutter and noise."""
+    """Return [count, 3, size, size] and classes: a figure of random place, size, colour and angle in noise."""
     drawn = np.random.default_rng(seed)
     labels = drawn.integers(0, len(CLASSES), count)
     y, x = np.meshgrid(np.arange(size), np.arange(size), indexing="ij")
     out = np.empty((count, 3, size, size), dtype=np.float32)
     for n, label in enumerate(labels):
         inside = _figure(int(label), x, y, size, drawn)
-        ground, ink = drawn.uniform(-1, 1, (2, 3, 1, 1))
-        for _ in range(3):  # clutter: bars of a third colour
-            a, b = drawn.integers(0, size, 2)
-            bar = (np.abs(x - a) < 2) if drawn.random() < 0.5 else (np.abs(y - b) < 2)
-            ground = np.where(bar, drawn.uniform(-1, 1, (3, 1, 1)), ground)
-        out[n] = np.where(inside, ink, ground) + drawn.normal(0, 0.35, (3, size, size))
+        ground = drawn.uniform(-1, 1, (3, 1, 1))
+        ink = ground + drawn.choice([-1, 1], (3, 1, 1)) * drawn.uniform(0.5, 1.5, (3, 1, 1))
+        out[n] = np.where(inside, ink, ground) + drawn.normal(0, 0.45, (3, size, size))
     return torch.from_numpy(out).to(memory_format=torch.channels_last), torch.from_numpy(labels)
 
 
 def _figure(label: int, x: np.ndarray, y: np.ndarray, size: int, drawn: np.random.Generator) -> np.ndarray:
     """Return which pixels a figure of a class covers."""
-    radius = drawn.uniform(5, 9)
+    radius = drawn.uniform(7, 11)
     cx, cy = drawn.uniform(radius, size - radius, 2)
     angle = drawn.uniform(-0.25, 0.25)
     u = (x - cx) * np.cos(angle) + (y - cy) * np.sin(angle)
@@ -126,7 +137,7 @@ class ResNet20(nn.Module):
         super().__init__()
         channels = [width, *(width * 2**stage for stage in range(3) for _ in range(3))]
         inner = inner or channels[1:]
-        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
         self.blocks = nn.ModuleList(
             Block(channels[n], channels[n + 1], inner[n], 2 if n in (3, 6) else 1, rank) for n in range(9)
         )
@@ -141,7 +152,7 @@ class ResNet20(nn.Module):
 
 def cost_of(network: ResNet20, size: int = 32) -> Cost:
     """Return multiply-adds of an image; a curve for the filters of every block."""
-    side = size
+    side = size // 2
     rest = 3 * 9 * network.stem[0].out_channels * side**2 + network.head.weight.numel()
     curves = {}
     for number, block in enumerate(network.blocks):
@@ -266,8 +277,13 @@ def uniform(data, options, rank: int) -> ResNet20:
         inner = [max(1, round(share * units)) for units in whole]
         if cost_of(ResNet20(options.width, inner, rank)).dense >= options.remaining * plain.dense:
             break
+    return scratch(data, options, inner, rank)
+
+
+def scratch(data, options, inner: list[int], rank: int | None = None) -> ResNet20:
+    """Train a network of given widths from the start; with the path unless ``rank`` says otherwise."""
     torch.manual_seed(options.seed)
-    network = ResNet20(options.width, inner, rank)
+    network = ResNet20(options.width, inner, options.rank if rank is None else rank)
     steps_of(network, data, 0, options.steps, options.steps, options)
     return network
 
@@ -277,11 +293,11 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=8, help="channels of the first stage; 16 in the paper")
     parser.add_argument("--rank", type=int, default=2, help="channels of the path beside a block")
     parser.add_argument("--remaining", type=float, default=0.4, help="share of the multiply-adds")
-    parser.add_argument("--steps", type=int, default=450)
+    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--batch", type=int, default=40)
     parser.add_argument("--rate", type=float, default=4e-3)
     parser.add_argument("--images", type=int, default=8000)
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(1)
     begun = time.process_time()
@@ -299,6 +315,7 @@ def main() -> None:
         networks = {
             "whole network": whole,
             "learned thresholds, path kept and counted": small,
+            "the widths learned, trained from the start": scratch(train, options, widths[-1]),
             "uniform, path kept and counted": uniform(train, options, options.rank),
             "uniform": uniform(train, options, 0),
         }
@@ -329,6 +346,7 @@ def write(rows: dict, widths: list, options, dense: float, seconds: float) -> No
         )
     lines += ["", f"Filters of the first convolution of the nine blocks; the whole network has {whole}:", ""]
     lines += [f"- seed {seed}: {inner}" for seed, inner in enumerate(widths)]
+    lines += ["", READING.strip()]
     (HERE / "LAPP-CNN.md").write_text("\n".join(lines) + "\n")
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from surgeon import architectures
-from surgeon.architectures import naming
+from surgeon.architectures import block_configs, naming
 from surgeon.architectures.base import Architecture, Expected, Layout
 from surgeon.errors import InputError
 
@@ -69,21 +69,27 @@ def check(config: Config, tensors: Tensors) -> list[Finding]:
         tensors: dtype code and shape of every tensor in the checkpoint.
     """
     architecture = architectures.get(config.get("model_type"))
+    own_sizes = block_configs.family_of(config)
     try:
-        if architecture is None:
+        if own_sizes is not None:
+            layout = block_configs.layout(own_sizes, config, tensors)
+            found = list(_check_known(own_sizes, block_configs.base_config(config), tensors, layout))
+        elif architecture is None:
             found = list(_check_unknown(config, tensors))
         else:
-            found = list(_check_known(architecture, config, tensors))
+            layout = architecture.layout(config, tensors)
+            found = list(_check_known(architecture, config, tensors, layout))
     except InputError as error:
         found = [Finding("config-invalid", error.message)]
     order = {"error": 0, "warning": 1, "notice": 2}
     return sorted(found, key=lambda finding: order[finding.severity])
 
 
-def _check_known(architecture: Architecture, config: Config, tensors: Tensors) -> Iterator[Finding]:
+def _check_known(
+    architecture: Architecture, config: Config, tensors: Tensors, layout: Layout
+) -> Iterator[Finding]:
     for sentence in architecture.contradictions(config):
         yield Finding("config-contradiction", f"config.json contradicts itself: {sentence}")
-    layout = architecture.layout(config, tensors)
     wanted = layout.tensors
     packed = isinstance(config.get("quantization_config"), dict)
     layers = _LayerCount(architecture, config, layout, tensors)
@@ -151,7 +157,10 @@ class _LayerCount:
         settings = architecture.settings(config)
         self.key = settings.named(*architecture.layer_keys)
         places = (naming.layer_of(name) for name in tensors)
+        # A layer that is to hold nothing (its attention and its FFN were removed) is there without a tensor.
+        held = {spec.layer for spec in layout.tensors.values()}
         self.present = {place.index for place in places if place is not None and place.stack == self.stack}
+        self.present |= set(range(self.count)) - held
 
     def explains(self, layer: int | None) -> bool:
         """Say whether a tensor's absence or presence is already reported with its whole layer."""

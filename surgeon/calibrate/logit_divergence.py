@@ -18,6 +18,9 @@ from surgeon.calibrate.head import Head
 PLACES = 1024
 """Positions whose logits of one block are held at once."""
 
+SHARE = 4
+"""A block is this much smaller than the head's own: logits of two models, their shares and products are held."""
+
 
 @torch.no_grad()
 def divergences(head: Head, reference: Tensor, others: Sequence[Tensor]) -> Tensor:
@@ -38,7 +41,7 @@ def divergences(head: Head, reference: Tensor, others: Sequence[Tensor]) -> Tens
     own = [_LogSum(len(dense[place]), device) for place in places]
     sums = [[_LogSum(len(dense[place]), device) for place in places] for _ in others]
     moved = torch.zeros(len(others), count, dtype=torch.float64, device=device)
-    for _, _, weight, bias in head.blocks(head.rows_per_block(PLACES)):
+    for _, _, weight, bias in head.blocks(max(1, head.rows_per_block(PLACES) // SHARE)):
         for number, place in enumerate(places):
             a = head.block_logits(dense[place], weight, bias)
             shares, scale = own[number].add(a)

@@ -141,8 +141,7 @@ def _no_weights(folder: Path) -> InputError:
             "E331",
             f"{folder} has only {pickles[0]}; pickle files can run code",
             where=Where(str(folder)),
-            help="convert it to safetensors once in an environment you trust (the hub offers this as a pull "
-            'request), or let "--allow-pickle" read it with torch\'s weights-only loader',
+            help=f"convert it once, with torch's weights-only loader: surgeon export {folder} --allow-pickle",
         )
     return InputError(
         "E301",

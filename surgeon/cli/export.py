@@ -113,8 +113,8 @@ def show(out: Output, document: dict[str, Any]) -> None:
     checked = document.get("check")
     if checked and "kl" in checked:
         out.line(
-            f"  compared  {checked['texts']} texts give the same tokens; {checked['prompts']} prompts: KL {checked['kl']:.1e} nats, "
-            f"{checked['same_first_choice']} of {checked['prompts']} first choices equal"
+            f"  compared  {checked['texts']} texts give the same tokens; after {checked['prompts']} prompts log-probabilities differ "
+            f"by at most {checked['largest_difference']:.1e}, {checked['same_first_choice']} of {checked['prompts']} first choices are equal"
         )
     if made["unchanged"]:
         out.line(f"unchanged {made['path']}: it already holds this result, verified")

@@ -205,24 +205,54 @@ def show(out: Output, document: dict[str, Any]) -> None:
         out.warning(warning)
     if out.quiet:
         return
-    source = document["model"]
+    source, output = document["model"], document["output"]
     out.line(
         f"{plain(source['name'])}   {number(source['parameters'])} parameters   {size(source['bytes'])}   {source['shape']}"
     )
     if document.get("workload"):
         out.line(f"  timed: {document['workload']}")
+    if document["status"] == "dry-run":
+        _plan(out, document)
+        return
     for member in document["members"]:
         _member(out, member)
-    if document["status"] == "dry-run":
-        out.line("nothing was written.")
+    if output["unchanged"]:
+        out.line(f"unchanged {output['path']}: it already holds this result, verified")
+        out.note("--overwrite --no-resume prunes again")
         return
-    if document.get("unchanged"):
-        out.line(f"unchanged   {document['output']} already holds this result")
-    else:
-        out.line(f"wrote     {document['output']}")
+    for path in output["models"].values():
+        out.line(f"wrote     {path}")
+    first = next(iter(output["models"].values()))
     out.log(
-        f"A pruned model must be evaluated before use; check it first: surgeon verify {plain(document['members'][0]['path'])} --generate"
+        f"A pruned model must be evaluated before use; check it first: surgeon verify {plain(first)} --generate"
     )
+
+
+def _plan(out: Output, document: dict[str, Any]) -> None:
+    """Print what a run would do."""
+    needs, outlook = document["needs"], document["outlook"]
+    cut = f"   cuts {', '.join(document['structures'])}" if document["structures"] else ""
+    criterion = f" ({plain(document['criterion'])})" if document["criterion"] else ""
+    out.line(f"plan      {plain(document['method'])}{criterion}   {', '.join(document['targets'])}{cut}")
+    out.line(
+        f"  results at most {size(needs['results'])}   work at most {size(needs['work'])}   free disk {size(needs['results_free'])}"
+        f"   about {duration(outlook['seconds'])}"
+    )
+    tokens = outlook["tokens"]
+    out.line(
+        f"  text: {tokens['statistics']:,} tokens for statistics, {tokens['search']:,} to compare plans, {tokens['held_out']:,} held out"
+    )
+    for name in document["targets"] if not document["targets_checked"] else ():
+        out.line(f"  {plain(name)} is not checked yet")
+    out.line(f"  to        {document['output']['path']}")
+    out.line("nothing was written.")
+
+
+def duration(seconds: float) -> str:
+    """Return a rough time in words."""
+    if seconds < 90:
+        return "a minute" if seconds > 40 else "half a minute"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _member(out: Output, member: dict[str, Any]) -> None:

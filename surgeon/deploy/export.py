@@ -6,6 +6,7 @@ published that was not read back. What a form needs of a model (`_form`) is sett
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -26,6 +27,7 @@ from surgeon.derive import Derived, Source, plan_of
 from surgeon.errors import InputError, UsageError, Where
 from surgeon.execute import execute, preflight
 from surgeon.output import staging
+from surgeon.output.manifest import MANIFEST
 from surgeon.plan import Plan
 from surgeon.structure.find import structure_of
 from surgeon.structure.views import PrunedView
@@ -140,7 +142,7 @@ def _form(source: Source, request: ExportRequest) -> Form:
     config = form.view.config
     if request.to == "decilm":
         assert config is not None
-        finished, code = decilm.finish(config)
+        finished, code = _as_decilm(config)
         form = replace(form, view=Configured(form.view, finished), added=dict(code), unchecked=True)
     elif request.to == "safetensors" and config is not None and _is_ours(config):
         finished, code = per_layer.finish(config)  # code of an older version is replaced by this one's
@@ -148,6 +150,14 @@ def _form(source: Source, request: ExportRequest) -> Form:
     if form.unchecked:
         _check_class(form.view)
     return form
+
+
+def _as_decilm(config: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[str, bytes]]]:
+    try:
+        return decilm.finish(config)
+    except UsageError as error:
+        error.help = "--to safetensors gives a folder for transformers, --to gguf a file for llama.cpp"
+        raise
 
 
 def _is_ours(config: Mapping[str, Any]) -> bool:
@@ -235,7 +245,11 @@ def _folder(
     }  # fmt: skip
     inputs = locations(source)
     if dry_run:
-        staging.check_destination(where, inputs, overwrite=overwrite, is_file=form.view.config is None)
+        bare = form.view.config is None
+        again = overwrite or _holds(
+            where, plan.plan_id(), bare
+        )  # the run would find that nothing is to be done
+        staging.check_destination(where, inputs, overwrite=again, is_file=bare)
         check = preflight(plan, where, threads=threads, memory_limit=memory_limit)
         found["plan"] |= {"disk_bytes": check.estimate.disk_bytes, "disk_free_bytes": check.disk_free,
                           "memory_estimate_bytes": check.estimate.memory_bytes}  # fmt: skip
@@ -251,6 +265,15 @@ def _folder(
         "shards": sum(name.endswith(".safetensors") for name in files),
     }
     return found
+
+
+def _holds(where: Path, plan_id: str, bare: bool) -> bool:
+    """Say whether a plan's result lies there already, by what its manifest says."""
+    file = where.with_name(f"{where.name}.{MANIFEST}") if bare else where / MANIFEST
+    try:
+        return json.loads(file.read_bytes())["plan"] == plan_id
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def locations(source: Source) -> list[Path]:

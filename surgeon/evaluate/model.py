@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from surgeon import traits
 from surgeon.checkpoint.checkpoint import CONFIG_NAME, StoredCheckpoint, open_path
@@ -25,9 +25,13 @@ from surgeon.checkpoint.digests import InputDigester
 from surgeon.checkpoint.dtypes import CODES
 from surgeon.checkpoint.header import printable
 from surgeon.checkpoint.source import Located, locate, looks_local
-from surgeon.errors import EnvironmentFault, InputError, UsageError, Where
+from surgeon.checkpoint.strict_json import read_json_object
+from surgeon.errors import EnvironmentFault, InputError, SurgeonError, UsageError, Where
 from surgeon.system import memory_budget
 from surgeon.verify.readers import require
+
+if TYPE_CHECKING:
+    from surgeon.deploy.expanded import ExpandedView
 
 OVERHEAD = 1 << 30
 """Memory beside weights and cache: the libraries, activations of a prefill."""
@@ -232,27 +236,25 @@ def load(described: Described, *, device: str, dtype: str, template: bool = True
         dtype: float32, bfloat16 or float16.
 
     Raises:
-        InputError: E375 the tokenizer, E392 the model. EnvironmentFault: E512, E513.
+        InputError: E375 the tokenizer, E392 the model; E324 to E327 one whose layers differ, which is loaded by the
+            packaged code. EnvironmentFault: E512, E513.
     """
     import torch
-    import transformers
 
     from surgeon.calibrate.tokens import load_encoder
+    from surgeon.deploy.build import load as load_strictly
+    from surgeon.deploy.per_layer import is_per_layer
 
     path = described.path
     _check_memory(described, device, dtype, memory_limit)
     encoder = load_encoder(path, template=template)
-    placed: dict[str, Any] = {}
-    if device != "cpu":
-        placed = {"device_map": "auto" if device == "cuda" else {"": device}}
     try:
-        with quiet_transformers():
-            config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
-            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                path, config=config, dtype=getattr(torch, dtype), output_loading_info=True, trust_remote_code=False,
-                local_files_only=True, **placed,
-            )  # fmt: skip
-    except MemoryError:
+        if is_per_layer(read_json_object(path / CONFIG_NAME)):
+            model: Any = load_strictly(path, dtype=getattr(torch, dtype), device=device)
+        else:
+            with quiet_transformers():
+                model = _stock(path, device, getattr(torch, dtype))
+    except (MemoryError, SurgeonError):
         raise
     except torch.OutOfMemoryError:
         raise EnvironmentFault("E513", f"{described.name} does not fit into the memory of {device}",
@@ -264,12 +266,27 @@ def load(described: Described, *, device: str, dtype: str, template: bool = True
         raise InputError("E392", "the model needs its own code, which is not run" if own_code else
                          f"transformers cannot load the model: {one_line(error)}", where=Where(str(path)),
                          help="surgeon verify MODEL --load says more") from error  # fmt: skip
-    model, info = loaded
-    check_complete(info, path)
     model.eval()
+    config = model.config
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     notes = [f"{described.name}: generation_config.json sets repetition_penalty; it is not applied"] if _penalised(path) else []  # fmt: skip
     return Loaded(model, encoder, stop_ids(path, encoder.tokenizer), limit if isinstance(limit, int) and limit > 0 else 0, tuple(notes))  # fmt: skip
+
+
+def _stock(path: Path, device: str, dtype: Any) -> Any:
+    """Load a model with a class of the library, strictly."""
+    import transformers
+
+    placed: dict[str, Any] = {}
+    if device != "cpu":
+        placed = {"device_map": "auto" if device == "cuda" else {"": device}}
+    config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        path, config=config, dtype=dtype, output_loading_info=True, trust_remote_code=False, local_files_only=True, **placed
+    )  # fmt: skip
+    model, info = loaded
+    check_complete(info, path)
+    return model
 
 
 def refuse_encoder(described: Described) -> None:
@@ -328,6 +345,10 @@ def one_line(error: BaseException) -> str:
     return printable(f"{type(error).__name__}: {' '.join(lines)}"[:300])
 
 
-def open_stored(described: Described) -> StoredCheckpoint:
-    """Open the weights for streamed passes."""
-    return open_path(described.path, described.located.label, repo=described.located.repo)
+def open_stored(described: Described) -> StoredCheckpoint | ExpandedView:
+    """Open the weights for streamed passes; a model whose layers differ is seen at the sizes of its source."""
+    from surgeon.deploy.expanded import ExpandedView
+    from surgeon.deploy.per_layer import is_per_layer
+
+    found = open_path(described.path, described.located.label, repo=described.located.repo)
+    return ExpandedView(found) if is_per_layer(found.config or {}) else found

@@ -84,12 +84,12 @@ def accepts(measured: Measured, target: float, tolerance: float = TOLERANCE) -> 
 
 
 def verdict(measured: Measured, target: float, tolerance: float = TOLERANCE) -> str:
-    """Return "met", "too slow", "too fast", or "not measurable" when the interval is wider than the band."""
-    if not measured.half_width <= tolerance:
-        return "not measurable"
+    """Return "met", "too slow", "too fast", or "not measurable": neither missed for certain nor known well enough."""
     if measured.high < target * (1 - tolerance):
         return "too slow"
-    return "too fast" if measured.low > target * (1 + tolerance) else "met"
+    if measured.low > target * (1 + tolerance):
+        return "too fast"
+    return "met" if measured.half_width <= tolerance else "not measurable"
 
 
 def speedup(

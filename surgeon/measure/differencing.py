@@ -26,6 +26,8 @@ from surgeon.structure.parts import Structure
 
 MOST_LEVELS = 8
 """Levels of a kind that are measured, the full size and 0 among them."""
+SMALL = 16
+"""The smallest level above 0 is a 16th of the full size: a module that is nearly gone costs more than one that is."""
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is being done, done, total)."""
@@ -68,10 +70,13 @@ class Levels:
 
 
 def _spread(full: int, multiple: int) -> list[int]:
-    """Return up to `MOST_LEVELS` sizes from full to 0, without the full one."""
-    steps = min(MOST_LEVELS - 1, max(1, full // multiple))
-    sizes = {min(full, multiple * round(full * i / steps / multiple)) for i in range(steps)}
-    return sorted((sizes | {0}) - {full}, reverse=True)
+    """Return up to `MOST_LEVELS` sizes without the full one: 0, a small one, and evenly up from there."""
+    least = min(full, multiple * -(-full // (SMALL * multiple)))
+    steps = MOST_LEVELS - 2
+    inner = {
+        min(full, multiple * round((least + (full - least) * i / steps) / multiple)) for i in range(1, steps)
+    }
+    return sorted(({0, least} | inner) - {full}, reverse=True)
 
 
 class Models(Protocol):

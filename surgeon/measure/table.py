@@ -3,7 +3,8 @@
     time of a model = rest + sum over its layers of (attention[heads, groups] + ffn[width])
 
 All layers share the rows: shapes are equal, so times are. Sizes between the measured ones are
-interpolated linearly between values that never fall with size (isotonic regression, weighted by the
+interpolated linearly (and continued below the smallest: having a module at all costs something, so
+the line does not lead to the 0 of a removed one) between values that never fall with size (isotonic regression, weighted by the
 precision of each; Barlow et al., Statistical Inference under Order Restrictions, 1972). Tables are
 made by `surgeon.measure.differencing`.
 
@@ -200,20 +201,18 @@ class LatencyTable:
             family = {h: v for (h, g), v in row.items() if g == full[1] or not h}
         else:
             family = {}
-        if len(family) < 3 or not min(family) <= heads <= max(family):
+        found = _between(family, heads)
+        if found is None:
             raise UsageError("E284", f"the latency table holds no times for {heads} heads with {groups} key/value heads",
                              help="measure it with these heads: surgeon measure MODEL --mode table")  # fmt: skip
-        sizes = sorted(family)
-        return float(np.interp(heads, sizes, [family[size] for size in sizes]))
+        return found
 
     def _ffn(self, row: Mapping[int, float], width: int) -> float:
-        if width in row:
-            return row[width]
-        if len(row) < 3 or not min(row) <= width <= max(row):
+        found = _between(row, width)
+        if found is None:
             raise UsageError("E284", f"the latency table holds no times for an FFN of {width:,} channels",
-                             help=f"it knows {min(row):,} to {max(row):,}")  # fmt: skip
-        sizes = sorted(row)
-        return float(np.interp(width, sizes, [row[size] for size in sizes]))
+                             help=f"it was measured at {', '.join(f'{w:,}' for w in sorted(row))}")  # fmt: skip
+        return found
 
     # ---- files ---------------------------------------------------------------------------------
 
@@ -335,6 +334,19 @@ def _timed(value: Any) -> Any:
             if k not in _TIMELESS and "dropout" not in str(k) and not str(k).endswith(("token_id", "token_ids"))
         }  # fmt: skip
     return value
+
+
+def _between(row: Mapping[int, float], size: int) -> float | None:
+    """Return a row's value at a size: a measured one, or on the line through its neighbours; None where it says nothing."""
+    if size in row:
+        return row[size]
+    sizes = sorted(s for s in row if s)
+    if len(sizes) < 2 or not 0 < size <= sizes[-1]:
+        return None
+    if size > sizes[0]:
+        return float(np.interp(size, sizes, [row[s] for s in sizes]))
+    slope = (row[sizes[1]] - row[sizes[0]]) / (sizes[1] - sizes[0])
+    return max(row.get(0, 0.0), row[sizes[0]] - slope * (sizes[0] - size))
 
 
 def monotone(row: Mapping[Any, float], spread: Mapping[Any, float]) -> dict[Any, float]:

@@ -48,6 +48,7 @@ class Choice:
         stopped: "converged", "evaluations" or "deadline". After a deadline the result depends on the machine's speed.
         within: whether its cost lies in the wanted band; False when granularity leaves nothing there.
         coefficients: module weights of the coefficient search, None where the cut is not from one.
+        beyond: plans that cost less than the band allows, compared but never chosen.
     """
 
     best: Tried
@@ -56,6 +57,7 @@ class Choice:
     stopped: str
     within: bool
     coefficients: np.ndarray | None = None
+    beyond: tuple[Tried, ...] = ()
 
     @property
     def cut(self) -> Cut:

@@ -12,10 +12,9 @@ and a changed setting repeats only what depends on it.
 from __future__ import annotations
 
 import hashlib
-import json
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,58 +25,31 @@ from torch import Tensor
 
 from surgeon.calibrate.conditions import memory_faults, threads
 from surgeon.calibrate.pieces import read_tensor
-from surgeon.calibrate.placement import Placement
 from surgeon.calibrate.settings import Settings
 from surgeon.calibrate.walk import Walk
 from surgeon.checkpoint.checkpoint import Checkpoint
 from surgeon.checkpoint.header import printable
 from surgeon.errors import InputError, Interrupted, UsageError, Where
 from surgeon.prune import criteria, tensor_file
-from surgeon.prune.criteria import Context, Criterion, Moments, read_output
-from surgeon.prune.hessians import ChannelStatistics, Stale, read_hessian, read_moments
-from surgeon.prune.levels import useful_modes
-from surgeon.prune.obs import columns_of, solve
+from surgeon.prune.closed_form import columns_of, solve
+from surgeon.prune.criteria import Context, read_output
+from surgeon.prune.hessians import ChannelStatistics, Stale
+from surgeon.prune.ranked_modules import VERSION, Inputs, Module, columns_in, modules_of, wanted_modes
 from surgeon.prune.ranking import MODES, Ranking
 from surgeon.structure.biases import with_biases
 from surgeon.structure.cut import Kept
-from surgeon.structure.parts import Attention, Ffn, Structure
+from surgeon.structure.parts import Ffn, Structure
 
 if TYPE_CHECKING:
     from surgeon.prune.true_loss import Solved
 
 __all__ = ["Database", "Ranking", "build", "disk_bytes"]
 
-VERSION = 1
-
 Progress = Callable[[str, int, int], None]
 """Called with (what is done in a few words, steps done, steps)."""
 
-STRUCTURES = {"heads": "attention", "ffn": "ffn"}
-"""What the command line calls it -> kind of a ranking."""
-
 COLUMN_ARRAYS = 7
 """Arrays of eight bytes a channel in a file of statistics, at most."""
-
-
-@dataclass(frozen=True)
-class _Module:
-    """One attention or FFN to rank, and where its files lie."""
-
-    part: Attention | Ffn
-    kind: str
-    modes: tuple[str, ...]
-    folder: Path
-
-    @property
-    def name(self) -> str:
-        return self.part.output.module
-
-    @property
-    def statistics(self) -> Path:
-        return self.folder / f"layer-{self.part.layer:03d}.{self.kind}.statistics.safetensors"
-
-    def ranking(self, mode: str) -> Path:
-        return self.folder / f"layer-{self.part.layer:03d}.{self.kind}.{mode}.safetensors"
 
 
 class Database:
@@ -95,7 +67,7 @@ class Database:
 
     def __init__(
         self,
-        inputs: _Inputs,
+        inputs: Inputs,
         rankings: dict[tuple[int, str, str], Ranking],
     ) -> None:
         self._inputs = inputs
@@ -165,7 +137,7 @@ class Database:
         if not self._bias_kinds[kind]:
             return None
         module = self._inputs.module(layer, kind)
-        added = self.criterion.bias(self._inputs.context(module, module.modes[0]), kept)
+        added = self.criterion.bias(self._inputs.context(module, module.modes[0], ranked=False), kept)
         if added is None:
             return None
         own = module.part.output.bias
@@ -195,7 +167,7 @@ class Database:
             module = next((one for one in self._inputs.modules if one.kind == kind), None)
             if module is not None and not self._bias_kinds[kind]:
                 ranking = self.rankings[module.part.layer, kind, module.modes[0]]
-                context = self._inputs.context(module, module.modes[0])
+                context = self._inputs.context(module, module.modes[0], ranked=False)
                 if self.criterion.bias(context, ranking.kept(ranking.units - 1)) is not None:
                     found.append("FFNs" if kind == "ffn" else kind)
         return found
@@ -260,9 +232,9 @@ class Database:
                 f"channels contributed on average is lost; --criterion ziplm makes up for it"
             )
         if "hessian" in self.criterion.needs:
-            thin = [m for m in self._inputs.modules if 4 * _columns(m.part) > modules[m.name]["tokens"]]
+            thin = [m for m in self._inputs.modules if 4 * columns_in(m.part) > modules[m.name]["tokens"]]
             if thin:
-                widest = max(_columns(module.part) for module in thin)
+                widest = max(columns_in(module.part) for module in thin)
                 found.append(
                     f"{self.record['tokens']} tokens are few for {widest} columns: "
                     f"use {4 * widest} or more for a reliable ranking"
@@ -316,16 +288,16 @@ def build(
         Interrupted: E130 ``stop`` was set.
     """
     criterion = criteria.get(method)
-    wanted = _wanted_modes(structure, structures, modes)
+    wanted = wanted_modes(structure, structures, modes)
     if not 0 <= damp <= 1:
         raise UsageError(
             "E265", f"a damping of {damp:g} makes no sense", help="between 0.001 and 0.1; 0.01 is usual"
         )
-    modules = tuple(_modules(structure, wanted, folder))
+    modules = tuple(modules_of(structure, wanted, folder))
     if not modules:
         raise InputError("E317", f"{checkpoint.label} has nothing of " + " or ".join(structures) + " that can be cut",
                          where=Where(checkpoint.label), help="; ".join(dict(structure.reasons).values()) or None)  # fmt: skip
-    inputs = _Inputs(checkpoint, structure, samples, settings, folder, criterion, damp, seed, modules)
+    inputs = Inputs(checkpoint, structure, samples, settings, folder, criterion, damp, seed, modules)
     return _Build(inputs, progress, stop).run()
 
 
@@ -335,8 +307,8 @@ def disk_bytes(
     """Return the bytes `build` writes to its folder, at most; a spill folder of the pass not counted."""
     criterion = criteria.get(method)
     total = 0
-    for module in _modules(structure, _wanted_modes(structure, structures, None), Path()):
-        columns = _columns(module.part)
+    for module in modules_of(structure, wanted_modes(structure, structures, None), Path()):
+        columns = columns_in(module.part)
         if criterion.needs:
             total += 8 * COLUMN_ARRAYS * columns + 4096
         if "hessian" in criterion.needs:
@@ -345,136 +317,10 @@ def disk_bytes(
     return total
 
 
-def _columns(part: Attention | Ffn) -> int:
-    return part.width if isinstance(part, Ffn) else part.heads * part.head_dim
-
-
-def _wanted_modes(
-    structure: Structure, structures: Sequence[str], modes: Sequence[str] | None
-) -> dict[str, tuple[str, ...]]:
-    """Return kind -> modes."""
-    unknown = [name for name in structures if name not in STRUCTURES]
-    unknown += [mode for mode in modes or () if mode not in MODES["attention"]]
-    if unknown or not structures:
-        raise UsageError("E265", f'"{unknown[0]}" cannot be ranked' if unknown else "no structures were named",
-                         help="structures are heads and ffn; heads go by groups or by heads")  # fmt: skip
-    found: dict[str, tuple[str, ...]] = {}
-    for name in structures:
-        kind = STRUCTURES[name]
-        if kind == "ffn":
-            found[kind] = MODES[kind]
-        else:
-            found[kind] = tuple(dict.fromkeys(modes)) if modes is not None else useful_modes(structure)
-    return found
-
-
-def _modules(structure: Structure, wanted: dict[str, tuple[str, ...]], folder: Path) -> Iterator[_Module]:
-    for layer in range(structure.layers):
-        for kind in ("attention", "ffn"):
-            part = structure.attention[layer] if kind == "attention" else structure.ffn[layer]
-            if part is not None and wanted.get(kind):
-                yield _Module(part, kind, wanted[kind], folder)
-
-
-class _Inputs:
-    """Everything results depend on, and access to what is on disk already."""
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        structure: Structure,
-        samples: Sequence[np.ndarray],
-        settings: Settings,
-        folder: Path,
-        criterion: Criterion,
-        damp: float,
-        seed: int,
-        modules: tuple[_Module, ...],
-    ) -> None:
-        self.checkpoint = checkpoint
-        self.structure = structure
-        self.samples = samples
-        self.settings = settings
-        self.folder = folder
-        self.criterion = criterion
-        self.damp = damp
-        self.seed = seed
-        self.modules = modules
-        self.device = Placement.of(settings.device, structure.layers).outer
-
-    def module(self, layer: int, kind: str) -> _Module:
-        for module in self.modules:
-            if (module.part.layer, module.kind) == (layer, kind):
-                return module
-        raise InputError(
-            "E316", f"layer {layer} has no ranking of {kind}", where=Where(self.checkpoint.label)
-        )
-
-    @cached_property
-    def _model(self) -> str:
-        return _digest(
-            version=VERSION,
-            headers=[[h.sha256, h.stamp.size, h.stamp.mtime_ns] for h in self.checkpoint.headers],
-            view=getattr(self.checkpoint, "identity", ""),
-            config=self.checkpoint.config,
-        )
-
-    @cached_property
-    def _text(self) -> str:
-        digest = hashlib.sha256()
-        for sample in self.samples:
-            ids = np.asarray(sample, dtype=np.int64)
-            digest.update(ids.size.to_bytes(8, "little") + ids.tobytes())
-        return digest.hexdigest()
-
-    def statistics_key(self, module: str) -> str:
-        """Return what the statistics of a module depend on."""
-        needs = sorted(self.criterion.needs)
-        return _digest(
-            model=self._model, text=self._text, dtype=self.settings.dtype, module=module, needs=needs
-        )
-
-    def ranking_key(self, module: _Module, mode: str, weight: str) -> str:
-        """Return what a ranking depends on; ``weight`` is the digest of the matrix."""
-        return _digest(
-            statistics=self.statistics_key(module.name) if self.criterion.needs else self._model,
-            weight=weight,
-            module=module.name,
-            mode=mode,
-            method=[self.criterion.name, self.criterion.version],
-            damp=self.damp,
-            seed=self.seed,
-        )
-
-    def _statistics(self, module: _Module) -> Any:
-        found = tensor_file.find(module.statistics, self.statistics_key(module.name))
-        if found is None:
-            raise InputError("E312", f"no calibration token reached {printable(module.name)}",
-                             where=Where(tensor=printable(module.name)),
-                             help="the model does not run this layer, or the results of the pass were removed")  # fmt: skip
-        return found
-
-    def moments(self, module: _Module) -> Moments | None:
-        return read_moments(*self._statistics(module)) if self.criterion.needs else None
-
-    def hessian(self, module: _Module) -> Tensor:
-        return read_hessian(self._statistics(module)[0])
-
-    def context(self, module: _Module, mode: str) -> Context:
-        hessian = self.hessian(module).to(self.device) if "hessian" in self.criterion.needs else None
-        return Context(
-            self.checkpoint, module.part, mode, self.damp, self.seed, self.moments(module), hessian, self.device
-        )  # fmt: skip
-
-
-def _digest(**content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
 class _Build:
     """One run: the pass, and after each of its layers the rankings of that layer."""
 
-    def __init__(self, inputs: _Inputs, progress: Progress | None, stop: threading.Event | None) -> None:
+    def __init__(self, inputs: Inputs, progress: Progress | None, stop: threading.Event | None) -> None:
         self._inputs = inputs
         self._progress = progress
         self._stop = stop
@@ -513,7 +359,7 @@ class _Build:
 
             walk.run(observer, progress=after, stop=self._stop, resume=resume)
 
-    def _rank(self, modules: Sequence[_Module]) -> None:
+    def _rank(self, modules: Sequence[Module]) -> None:
         for module in list(modules):
             if self._stop is not None and self._stop.is_set():
                 raise Interrupted("E130", "interrupted while units were ranked; finished modules are kept")
@@ -521,7 +367,7 @@ class _Build:
                 self._rank_module(module)
             self._waiting.remove(module)
 
-    def _rank_module(self, module: _Module) -> None:
+    def _rank_module(self, module: Module) -> None:
         inputs = self._inputs
         weight = read_output(inputs.checkpoint, module.part.output)
         digest = hashlib.sha256(weight.numpy().data).hexdigest()
@@ -549,7 +395,7 @@ def _write(path: Path, key: str, ranking: Ranking) -> None:
     tensor_file.write(path, arrays, about)
 
 
-def _read(path: Path, key: str, module: _Module, mode: str) -> Ranking | None:
+def _read(path: Path, key: str, module: Module, mode: str) -> Ranking | None:
     """Return the ranking in a file if it is this one, else None."""
     found = tensor_file.find(path, key)
     if found is None:

@@ -47,6 +47,8 @@ def check_reachable(session: Session, target: Target) -> None:
         InputError: E327, E362 to E369 no class holds what would come out.
     """
     request, structure = session.request, session.structure
+    if request.method == "depth":
+        _check_protected(session, target)
     if target.kind == "layers":
         if not 2 <= target.value < structure.layers:
             raise UsageError("E264", f"--keep-layers {target.value:g} of {structure.layers} layers",
@@ -68,6 +70,15 @@ def check_reachable(session: Session, target: Target) -> None:
         layers = sorted(_least_layer(session, goal, layer) for layer in range(structure.layers))
         least = goal.cost.rest + sum(layers[: structure.layers - max(0, drops)])
     goal.check(least)
+
+
+def _check_protected(session: Session, target: Target) -> None:
+    """Refuse to protect so many layers that too few are left to drop."""
+    free = session.structure.layers - len(set(session.request.protect_layers))
+    drops = _drops_of(session, target) if target.kind in ("layers", "sparsity") else 1
+    if free < drops:
+        raise UsageError("E267", f"--protect-layers leaves {free} of {session.structure.layers} layers to drop, {target.name} takes {drops}",
+                         help="protect fewer layers")  # fmt: skip
 
 
 def _least_layer(session: Session, goal: Goal, layer: int) -> float:
@@ -127,7 +138,7 @@ def _search(session: Session, goal: Goal, deadline: float | None) -> Decision:
             if stock:
                 raise  # per layer, modules may go altogether: more can be reached
     if stock:
-        return _decision(floors[0], goal, [])
+        return _decision(floors[0], goal, [], _step(session))
     found = choose_per_layer(
         session.ranking, session.structure, goal, session.losses, structures=session.structures,
         modes=session.modes, protect=request.protect_layers, floors=floors, seed=request.seed,
@@ -136,14 +147,34 @@ def _search(session: Session, goal: Goal, deadline: float | None) -> Decision:
     remarks = []
     if floors:
         remarks.append(f"true loss: uniform {floors[0].loss:.4g}, per layer {found.loss:.4g}")
-    return _decision(found, goal, remarks)
+    return _decision(found, goal, remarks, _step(session))
 
 
-def _decision(choice: Choice, goal: Goal, remarks: list[str]) -> Decision:
+def _step(session: Session) -> int:
+    """Return what kept FFN widths are multiples of; 1 where no FFN is cut."""
+    width = next((part.width for part in session.structure.ffn if part is not None), 0)
+    return granularity(width, session.request.round_to) if width and "ffn" in session.structures else 1
+
+
+def _cheaper(choice: Choice, goal: Goal, step: int) -> list[str]:
+    """Say that a plan beyond the band loses less, where one does: the target is kept to all the same."""
+    better = min(choice.beyond, key=lambda one: one.loss, default=None)
+    if better is None or not better.loss < choice.loss:
+        return []
+    kind = "faster" if goal.kind == "speedup" else "smaller"
+    finer = next((size for size in (32, 8, 1) if size < step), None)
+    way_out = f"; --round-to {finer} gives finer steps" if finer else ""
+    return [
+        f"a {kind} plan has a lower loss: {better.name}, predicted {goal.show(better.cost)}, loss {better.loss:.2g} against {choice.loss:.2g}{way_out}"
+    ]
+
+
+def _decision(choice: Choice, goal: Goal, remarks: list[str], step: int) -> Decision:
     if choice.stopped == "deadline":
         remarks.append(f"the search stopped at --search-budget after {len(choice.tried)} plans")
     if not choice.within:
         remarks.append(f"sizes are too coarse to come closer: {goal.show(choice.best.cost)} is the nearest")
+    remarks += _cheaper(choice, goal, step)
     return Decision(
         choice.cut, goal.achieved(choice.best.cost), choice.loss, tuple(remarks),
         tuple((one.name, one.loss) for one in choice.tried),
@@ -271,13 +302,11 @@ def in_words(cut: Cut, session: Session) -> str:
     ]
     width = structure.hidden if cut.hidden is None else len(cut.hidden)
     parts.append(f"hidden {width}")
-    parts.append(
-        "heads "
-        + _range([shape.heads for shape in kept])
-        + " / kv "
-        + _range([shape.groups for shape in kept])
-    )
-    parts.append("ffn " + _range([shape.ffn for shape in kept]))
+    if any(part is not None for part in structure.attention):
+        heads, groups = _range([shape.heads for shape in kept]), _range([shape.groups for shape in kept])
+        parts.append(f"heads {heads} / kv {groups}")
+    if any(part is not None for part in structure.ffn):
+        parts.append("ffn " + _range([shape.ffn for shape in kept]))
     return ", ".join(parts)
 
 

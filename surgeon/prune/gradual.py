@@ -6,22 +6,27 @@ module's size may only fall; the teacher is the dense source throughout.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from surgeon.calibrate import data
 from surgeon.calibrate.data import Sample
 from surgeon.checkpoint.checkpoint import Checkpoint, open_path
+from surgeon.checkpoint.digests import InputDigester
 from surgeon.deploy import per_layer
 from surgeon.deploy.build import load
 from surgeon.derive import Source
-from surgeon.errors import UsageError
 from surgeon.measure.correction import fit_correction
 from surgeon.prune import quality
-from surgeon.prune.members import KEPT_FILE, Member, build, kept_document
+from surgeon.prune.decide import in_words
+from surgeon.prune.members import Member, build, write_candidate
 from surgeon.prune.request import Target
 from surgeon.prune.session import Session
+from surgeon.prune.written import KEPT_FILE, kept_document
 from surgeon.structure.check import shapes
 from surgeon.structure.cut import Cut, compose
 from surgeon.train.distill import Correspondence, Options, distill
@@ -30,24 +35,19 @@ from surgeon.train.distill import Correspondence, Options, distill
 def build_family(session: Session, targets: tuple[Target, ...], title: str) -> dict[str, Member]:
     """Return the members of a family, each pruned from the one before and distilled from the source.
 
-    Raises:
-        UsageError: E271 the source's family cannot be trained here, or a cut of the residual stream.
+    Stages that an interrupted run had trained are taken up, and one it was in the middle of goes on.
     """
-    if "hidden" in session.structures:
-        raise UsageError("E271", "--distill compares hidden states, so the residual stream must stay whole",
-                         help="leave hidden out of --structures")  # fmt: skip
     samples = _samples(session)
     found: dict[str, Member] = {}
     current, total = session, Cut.whole(session.structure.layers)
-    for target in targets:
-        member = build(current, _relative(session, current, target), title)
+    for number, target in enumerate(targets, start=1):
+        member = build(current, target, title)
         total = compose(total, member.decision.cut)
-        member.target = target
-        trained = _distilled(session, current, target, total, samples)
+        trained = _distilled(session, current, member, total, samples)
         _finish(session, member, trained, total)
         found[target.name if len(targets) > 1 else ""] = member
-        if target is not targets[-1]:
-            current = _next(session, current, member, trained, target)
+        if number < len(targets):
+            current = _next(session, current, member, trained)
     return found
 
 
@@ -64,46 +64,46 @@ def _samples(session: Session) -> list[Sample]:
     return list(found.samples)
 
 
-def _relative(first: Session, current: Session, target: Target) -> Target:
-    """Return a target, given against the source, as one against the current stage's model."""
-    if current is first or target.kind in ("params", "size", "layers"):
-        return target
-    if target.kind == "speedup":
-        table = current.table
-        whole = Cut.whole(current.structure.layers)
-        reached = first.table.dense / table.total(shapes(whole, current.structure))
-        return replace(target, value=target.value / reached)
-    size, now = first.goal(target).cost, current.goal(target).cost
-    left = size.prunable() * (1 - target.value)
-    return replace(target, value=1 - left / now.prunable())
-
-
-def _distilled(first: Session, current: Session, target: Target, total: Cut, samples: list[Sample]) -> Path:
-    """Train a stage's candidate; return the folder of the trained model."""
-    request = first.request
-    output = first.work / "stages" / target.name
-    if output.exists():
-        shutil.rmtree(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    decoder = first.decoder
+def _distilled(first: Session, current: Session, member: Member, total: Cut, samples: list[Sample]) -> Path:
+    """Train a stage's model; return the folder of the trained one."""
+    request, target = first.request, member.target
+    output, note = first.work / "stages" / target.name, first.work / f"stage-{target.name}.json"
     options = Options(
         steps=request.distill_steps, batch=request.distill_batch, rate=request.learning_rate, seed=request.seed,
-        task=1.0 if decoder else 0.0, logit=1.0, token=1.0,
+        task=0.0, logit=1.0, token=1.0,  # the source is what a member has to be like, whatever the text says
     )  # fmt: skip
-    held_out = [Sample(ids, 0) for ids in first.texts.held_out]
-    layers = (
-        None if len(total.kept_layers) == first.structure.layers else Correspondence(layers=total.kept_layers)
-    )
+    cut = member.decision.cut.identity()
+    key = hashlib.sha256(f"{current.key} {cut} {json.dumps(asdict(options))}".encode()).hexdigest()
+    if _trained(output, note, key):
+        first.say(f"{target.name}: taken up from an earlier run")
+        return output
+    shutil.rmtree(output, ignore_errors=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    # The folder of candidates holds the last one that was timed, which need not be the one that was chosen.
+    student = write_candidate(current, member)
+    whole = len(total.kept_layers) == first.structure.layers
     record = distill(
-        current.work / "candidate", first.folder, samples, options, first.work / "training" / target.name, output,
-        device=first.settings.device, held_out=held_out, correspondence=layers, stop=first.stop,
+        student, first.folder, samples, options, first.work / "training" / target.name, output,
+        device=first.settings.device, held_out=[Sample(ids, 0) for ids in first.texts.held_out],
+        correspondence=None if whole else Correspondence(layers=total.kept_layers), stop=first.stop,
         progress=lambda done, steps: first.tell(f"distilling {target.name}", done, steps),
     )  # fmt: skip
+    if per_layer.is_per_layer(member.derived.view.config or {}):
+        for name, content in per_layer.companions():  # training writes weights and config.json alone
+            (output / name).write_bytes(content)
     first.say(
         f"{target.name}: distilled {options.steps} steps: {_losses(record['before'])} -> {_losses(record['after'])}"
     )
-    first.keep(f"distilled-{target.name}.json", {k: v for k, v in record.items() if k != "history"})
+    first.keep(note.name, {"key": key, **{k: v for k, v in record.items() if k != "history"}})
     return output
+
+
+def _trained(output: Path, note: Path, key: str) -> bool:
+    """Say whether a stage was trained by an earlier run; its note is written last."""
+    try:
+        return output.is_dir() and json.loads(note.read_bytes())["key"] == key
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _losses(found: dict[str, float]) -> str:
@@ -114,10 +114,17 @@ def _finish(session: Session, member: Member, folder: Path, total: Cut) -> None:
     """Let a member be the trained model: its weights, its quality, its kept units counted in the source."""
     trained = open_path(folder, session.source.checkpoint.label)
     derived = member.derived
-    files = {**derived.companions, KEPT_FILE: kept_document(total)}
-    recipe = {**derived.recipe, "kept": total.identity(), "layers": list(total.kept_layers)}
-    member.derived = replace(derived, view=_Configured(trained, dict(derived.view.config or {})), companions=files,
-                             recipe=recipe, method=f"{derived.method}, distilled")  # fmt: skip
+    shape = in_words(total, session)
+    # The files a distilled member is copied from are its own: what it was cut from is named here.
+    digests = InputDigester(list(session.source.checkpoint.headers)).finish()
+    source = {file.name: digest for file, digest in digests.items()}
+    member.shape = shape
+    member.derived = replace(
+        derived, view=_Configured(trained, dict(derived.view.config or {})), method=f"{derived.method}, distilled",
+        companions={**derived.companions, KEPT_FILE: kept_document(total)},
+        recipe={**derived.recipe, "kept": total.identity(), "layers": list(total.kept_layers), "source": source},
+        parameters={**derived.parameters, "shape": shape},
+    )  # fmt: skip
     held_out, settings = session.texts.held_out, session.settings
     before = member.quality
     if per_layer.is_per_layer(trained.config or {}):
@@ -137,7 +144,7 @@ def _finish(session: Session, member: Member, folder: Path, total: Cut) -> None:
 class _Configured:
     """A trained checkpoint with the configuration its member is published with."""
 
-    def __init__(self, inner: Checkpoint, config: dict) -> None:
+    def __init__(self, inner: Checkpoint, config: dict[str, Any]) -> None:
         self._inner, self.config = inner, config
         self.label, self.folder, self.headers, self.tensors = (
             inner.label,
@@ -148,27 +155,22 @@ class _Configured:
         self.read, self.read_bytes, self.granularity = inner.read, inner.read_bytes, inner.granularity
 
 
-def _next(first: Session, current: Session, member: Member, folder: Path, target: Target) -> Session:
+def _next(first: Session, current: Session, member: Member, folder: Path) -> Session:
     """Return the session that prunes on from a trained stage."""
+    target = member.target
     source = Source(first.source.key, open_path(folder, str(folder)), str(folder))
     session = Session(
-        source,
-        first.request,
-        first.work / f"after-{target.name}",
-        first.tell,
-        first.say,
-        first.stop,
-        origin=first,
-    )
+        source, first.request, first.work / f"after-{target.name}", first.tell, first.say, first.stop, origin=first,
+        warnings=first.warnings,
+    )  # fmt: skip
     # The same text, table and kind of attention units: only the model is new.
-    session.__dict__["texts"] = first.texts
-    session.__dict__["decoder"] = first.decoder
-    session.__dict__["workload"] = first.workload
+    for name in ("texts", "decoder", "workload"):
+        session.__dict__[name] = getattr(first, name)
     if target.kind == "speedup":
         table = first.table
         if member.measured is not None:
-            total = shapes(Cut.whole(session.structure.layers), session.structure)
-            table = table.corrected(**fit_correction(table, [(total, member.measured.ratio)]))
+            left = shapes(Cut.whole(session.structure.layers), session.structure)
+            table = table.corrected(**fit_correction(table, [(left, member.measured.ratio)]))
         session.__dict__["table"] = table
     session.__dict__["modes"] = tuple(mode for mode in current.modes if _still(session, first, mode))
     return session

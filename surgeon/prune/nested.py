@@ -20,7 +20,8 @@ from surgeon.deploy import runtimes
 from surgeon.derive import Derived, plan_of
 from surgeon.errors import SurgeonError, UsageError
 from surgeon.measure.compare import Measured, speedup, verdict
-from surgeon.measure.correction import fit_correction
+from surgeon.measure.correction import aim, fit_correction
+from surgeon.measure.table import LatencyTable
 from surgeon.prune import candidate, quality
 from surgeon.prune.decide import Decision, in_words
 from surgeon.prune.goal import Goal
@@ -79,33 +80,39 @@ def build(session: Session, targets: Sequence[Target], title: str) -> dict[str, 
     """
     _check_options(session)
     losses = PlainLosses(session)
-    table, history, made = None, list[tuple[Any, float]](), list[list[_Part]]()
-    chosen: Family | None = None
-    timed = targets[0].kind == "speedup" and session.request.measure
-    for number in range(ROUNDS if timed else 1):
+    if targets[0].kind != "speedup" or not session.request.measure:
+        family = decide_family(session, targets, _goals(session, targets), losses)
+        session.release()
+        return {"": _parent(session, _parts(session, targets, family), title)}
+    return {"": _parent(session, _nearest(session, targets, losses), title)}
+
+
+def _nearest(session: Session, targets: Sequence[Target], losses: PlainLosses) -> list[_Part]:
+    """Return the members of the family whose measured speedups come nearest to their targets."""
+    table, history, made = session.table, list[tuple[Any, float]](), dict[tuple[Cut, ...], list[_Part]]()
+    wanted = list(targets)
+    while len(made) < ROUNDS:
         try:
-            family = decide_family(session, targets, _goals(session, targets, table), losses)
+            family = decide_family(session, targets, _goals(session, wanted, table), losses)
         except SurgeonError:
             if not made:
                 raise
             break  # the corrected table says that a target is out of reach
-        if chosen is not None and family.cuts == chosen.cuts:
+        if family.cuts in made:
             break
-        chosen = family
-        made.append(_parts(session, targets, family))
-        if not timed:
-            break
-        verdicts = [_timed(session, part, number) for part in made[-1]]
+        session.release()
+        parts = made[family.cuts] = _parts(session, targets, family)
+        verdicts = [_timed(session, part, len(made)) for part in parts]
         if all(found in ("met", "not measurable") for found in verdicts):
             break
         history += [
             (shapes(part.decision.cut, session.structure), part.measured.ratio)
-            for part in made[-1]
+            for part in parts
             if part.measured
         ]
         table = session.table.corrected(**fit_correction(session.table, history))
-    parts = min(made, key=_miss)
-    return {"": _parent(session, parts, title)}
+        wanted = [replace(one, value=max(1 + 1e-6, aim(table, history, one.value))) for one in targets]
+    return min(made.values(), key=lambda parts: _miss(parts, session.request.tolerance))
 
 
 def _check_options(session: Session) -> None:
@@ -120,10 +127,13 @@ def _check_options(session: Session) -> None:
                          help="leave hidden out of --structures")  # fmt: skip
 
 
-def _goals(session: Session, targets: Sequence[Target], table: Any) -> list[Goal | None]:
-    if session.request.method == "width" and targets[0].kind == "sparsity":
-        return [None] * len(targets)
-    return [session.goal(target, table) for target in targets]
+def _goals(
+    session: Session, wanted: Sequence[Target], table: LatencyTable | None = None
+) -> list[Goal | None]:
+    """Return the budget of each member; none where every layer loses the same share."""
+    if session.request.method == "width" and wanted[0].kind == "sparsity":
+        return [None] * len(wanted)
+    return [session.goal(target, table) for target in wanted]
 
 
 def _parts(session: Session, targets: Sequence[Target], family: Family) -> list[_Part]:
@@ -146,7 +156,7 @@ def _sorted(session: Session, family: Family) -> families.PermutedView:
 def _timed(session: Session, part: _Part, number: int) -> str:
     """Write a member to the work folder, compare it with the masked source, time it; return the verdict."""
     folder = _written(session, part)
-    session.tell(f"timing candidate {number + 1} for {part.target.name}", number, ROUNDS)
+    session.tell(f"timing candidate {number} for {part.target.name}", number, ROUNDS)
     part.measured = speedup(
         session.folder, folder, session.workload, session.conditions, progress=session.tell, stop=session.stop
     )
@@ -184,10 +194,10 @@ def _compared(
     return folder
 
 
-def _miss(parts: list[_Part]) -> tuple[int, float]:
+def _miss(parts: list[_Part], tolerance: float) -> tuple[int, float]:
     """Order families: those with the most members fast enough first, then by summed distance from the targets."""
     ratios = [part.measured.ratio / part.target.value for part in parts if part.measured is not None]
-    return sum(ratio < 0.97 for ratio in ratios), sum(abs(ratio - 1) for ratio in ratios)
+    return sum(ratio < 1 - tolerance for ratio in ratios), sum(abs(ratio - 1) for ratio in ratios)
 
 
 def _parent(session: Session, parts: list[_Part], title: str) -> Parent:

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 
 import numpy as np
 
 from surgeon.deploy.members import Kept, LayerOrder
-from surgeon.errors import InputError, UsageError
+from surgeon.errors import SurgeonError, UsageError
 from surgeon.prune.choice import Choice
-from surgeon.prune.decide import Decision
+from surgeon.prune.cost import Cost
+from surgeon.prune.decide import Decision, share_left
 from surgeon.prune.goal import Goal
 from surgeon.prune.levels import granularity
 from surgeon.prune.ranking import Ranking
@@ -24,11 +25,15 @@ from surgeon.prune.request import Target
 from surgeon.prune.session import Session
 from surgeon.prune.uniform import choose_uniform
 from surgeon.structure.check import kept_groups, kept_heads, shapes
-from surgeon.structure.cut import Cut, LayerCut
+from surgeon.structure.cut import Cut, LayerCut, LayerShape
 from surgeon.structure.parts import Structure
 
 WIDER = (0.1, 0.3, 1.0)
 """Bands below a budget that are searched in turn where none of the plans in --tolerance lies inside the larger member."""
+
+
+NOTHING_ALLOWED = ("E271",)
+"""Codes with which `choose_uniform` says that plans reach the target but none of them is allowed."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,36 @@ class Family:
     @property
     def cuts(self) -> tuple[Cut, ...]:
         return tuple(decision.cut for decision in self.decisions)
+
+
+class InsideCost(Cost):
+    """The cost of a model in which everything larger than a larger member is out of any budget.
+
+    A uniform search takes the widest FFN that its budget allows; what it must not exceed has to be part of the cost.
+    """
+
+    def __init__(self, cost: Cost, largest: LayerShape) -> None:
+        super().__init__(cost.structure)
+        self.unit, self.rest = cost.unit, cost.rest
+        self._cost, self._largest = cost, largest
+
+    def module(self, layer: int, kind: str, shape: LayerShape) -> float:
+        most = self._largest
+        if kind == "ffn":
+            larger = shape.ffn > most.ffn
+        else:
+            larger = shape.heads > most.heads or shape.groups > most.groups
+        return math.inf if larger else self._cost.module(layer, kind, shape)
+
+    def beside(self, layer: int) -> float:
+        return self._cost.beside(layer)
+
+    @property
+    def dense(self) -> float:
+        return self._cost.dense
+
+    def prunable(self) -> float:
+        return self._cost.prunable()
 
 
 class PlainLosses:
@@ -70,8 +105,7 @@ def decide_family(
         losses: of cuts without solving weights again: members have the parent's.
 
     Raises:
-        UsageError: E264 a target is out of reach, alone or inside the larger member; two members would be one.
-        InputError: E315 no cut can be written.
+        UsageError: E264, E271 a target is out of reach, alone or inside the larger member; two members would be one.
     """
     if all(goal is None for goal in goals):
         return _shares(session, targets)
@@ -101,6 +135,8 @@ def _inside(
     request, structure = session.request, session.structure
     gone = set() if larger is None else set(range(structure.layers)) - set(larger.kept_layers)
     drops = tuple(drop for drop in (*session.drops, tuple(sorted(gone))) if gone <= set(drop))
+    if larger is not None:
+        goal = replace(goal, cost=InsideCost(goal.cost, _largest(shapes(larger, structure))))
     bands = (request.tolerance, *(band for band in WIDER if band > request.tolerance))
 
     def allowed(cut: Cut) -> bool:
@@ -110,21 +146,24 @@ def _inside(
         try:
             choice = choose_uniform(
                 session.ranking, structure, goal, losses, structures=session.structures,
-                modes=(mode,) if mode else session.modes or None, drops=drops, tolerance=band,
+                modes=(mode,) if mode else session.modes, drops=drops, tolerance=band,
                 candidates=1 if request.search == "dp" else 32, round_to=request.round_to, allowed=allowed, deadline=deadline,
             )  # fmt: skip
-        except UsageError as error:
-            if larger is not None and error.code == "E264":
+        except SurgeonError as error:
+            if error.code in NOTHING_ALLOWED and band != bands[-1]:
+                continue
+            if larger is not None and error.code in (*NOTHING_ALLOWED, "E264"):
                 error.help = (
                     f"{target.name} has to lie inside the larger members; leave it out, or leave out --nested"
                 )
             raise
-        except InputError as error:
-            if error.code != "E315" or band == bands[-1]:
-                raise
-            continue
         return choice, choice.best.cost >= goal.budget * (1 - request.tolerance)
     raise AssertionError("the last band returns or raises")
+
+
+def _largest(kept: Sequence[LayerShape]) -> LayerShape:
+    """Return the sizes of a uniform model's layers; one without attention or FFN counts as zeros there."""
+    return LayerShape(*(max(sizes) for sizes in zip(*(astuple(shape) for shape in kept), strict=True)))
 
 
 def _shares(session: Session, targets: Sequence[Target]) -> Family:
@@ -141,8 +180,7 @@ def _shares(session: Session, targets: Sequence[Target]) -> Family:
                 keep = max(1, round(units * (1 - target.value)))
                 heads = session.ranking(layer, "attention", mode).kept(keep) if keep < units else None
             if ffn is not None and "ffn" in session.structures:
-                step = granularity(ffn.width, session.request.round_to)
-                keep = min(ffn.width, step * max(1, math.ceil(ffn.width * (1 - target.value) / step - 1e-9)))
+                keep = share_left(ffn.width, target.value, granularity(ffn.width, session.request.round_to))
                 channels = session.ranking(layer, "ffn", "channels").kept(keep) if keep < ffn.width else None
             layers.append(LayerCut(heads, channels))
         cuts.append(Cut(tuple(layers)))

@@ -22,7 +22,7 @@ for D = W - W0, whose norm separates the undamped error from the damping's share
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -32,21 +32,15 @@ from torch import Tensor
 
 from surgeon.checkpoint.header import printable
 from surgeon.errors import InputError, Where
-from surgeon.prune.damping import dead_inputs, exact_products, factorise, shift
-
-__all__ = ["Order", "energy", "error_of", "removal_order", "ridge", "solve"]
+from surgeon.prune.closed_form import columns_of, mask_of, remaining_error
+from surgeon.prune.damping import exact_products
+from surgeon.prune.obs_state import State, Unstable
 
 BLOCK = 128
 """Removals, at least, between two products that bring the matrices up to date."""
 
 SHRINK = 0.8
 """Removed rows and columns are dropped when fewer than this part of them is left."""
-
-CHUNK = 1 << 22
-"""Elements moved at once when rows are dropped in place."""
-
-FLOAT64_COLUMNS = 4096
-"""Systems up to this size are solved in float64, larger ones in float32 with refinement."""
 
 FLOAT64_ORDER = 1024
 """Up to this many columns the order is found in float64 at once."""
@@ -79,10 +73,6 @@ class Order:
     dead: int
     precision: str
     checks: tuple[tuple[int, float, float], ...]
-
-
-class _Unstable(Exception):
-    """float32 was not enough."""
 
 
 def removal_order(
@@ -128,7 +118,7 @@ def removal_order(
             last = number == len(tries) - 1
             try:
                 found, total = _attempt(weight, hessian, size, groups, damp, module, name, last)
-            except _Unstable as error:
+            except Unstable as error:
                 if not last:
                     continue
                 raise InputError("E315", f"the Hessian of {printable(module)} is not positive definite ({error})",
@@ -154,16 +144,10 @@ def _checked(found: Order, weight: Tensor, hessian: Tensor, size: int, module: s
         removed = steps - round(part * steps)
         if not 0 < removed < steps or total == 0:
             continue
-        mask = _mask(columns_of(found.order[removed:], size), weight.shape[1], weight.device)
-        exact = _left(weight, hessian, mask, found.damp, module, total) / total
+        mask = mask_of(columns_of(found.order[removed:], size), weight.shape[1], weight.device)
+        exact = remaining_error(weight, hessian, mask, found.damp, module, total) / total
         checks.append((removed, float(found.errors[removed]), exact))
     return replace(found, checks=tuple(checks))
-
-
-def columns_of(units: np.ndarray, size: int) -> np.ndarray:
-    """Return the columns of units, ascending, int64."""
-    units = np.sort(np.asarray(units, dtype=np.int64).reshape(-1))
-    return (units[:, None] * size + np.arange(size)).reshape(-1)
 
 
 def _attempt(
@@ -181,11 +165,11 @@ def _attempt(
     Damping is raised only in the ``last`` precision: what float32 cannot invert, float64 often can.
     """
     try:
-        state = _State(weight, hessian, damp, module, getattr(torch, precision), size, escalate=last)
+        state = State(weight, hessian, damp, module, getattr(torch, precision), size, escalate=last)
     except InputError:
         if last:
             raise
-        raise _Unstable("it cannot be factorised") from None
+        raise Unstable("it cannot be factorised") from None
     if size == 1 and groups is None:
         order = _single(state)
     else:
@@ -200,105 +184,7 @@ def _attempt(
     return Order(order, errors, relative, relative != damp, state.dead, precision, ()), state.total
 
 
-class _State:
-    """P and G of the columns that are left, in one storage (row s is [P[s], G[s]]), and D.
-
-    Attributes:
-        matrices: [m, 2, m] view of the storage.
-        change: D, [out, m].
-        index: int64 [m], which columns these are.
-        first: numbers of the units that are dead altogether and go before everything else.
-        damping: what was added to the diagonal of live inputs.
-        relative: the same, relative to the mean diagonal.
-        total: tr(W0 H W0').
-        raised, moved: damped error and ||W - W0||^2 after each step, without the free ones.
-    """
-
-    def __init__(
-        self,
-        weight: Tensor,
-        hessian: Tensor,
-        damp: float,
-        module: str,
-        dtype: torch.dtype,
-        size: int,
-        *,
-        escalate: bool,
-    ) -> None:
-        dead = dead_inputs(hessian)
-        self.dead = int(dead.sum())
-        gone = dead.reshape(-1, size).all(1)
-        # All dead: nothing is known, and the order is that of numbers.
-        self.first = gone.nonzero().flatten().tolist() if not bool(gone.all()) else []
-        stay = ~gone.repeat_interleave(size) if self.first else torch.ones_like(dead)
-        self.index = stay.nonzero().flatten()
-        self.raised: list[float] = []
-        self.moved: list[float] = []
-        count = len(self.index)
-        self._flat = torch.empty(2 * count * count, dtype=dtype, device=weight.device)
-        added = {}
-
-        def fill(relative: float) -> Tensor:
-            added["shift"] = shift(hessian.diagonal(), relative)
-            square = self._flat[: count * count].view(count, count)
-            _copy_part(hessian, self.index, self.index, square)
-            square.diagonal().add_(added["shift"][self.index].to(dtype))
-            return square.T  # symmetric: this only says "column-major", which LAPACK works on in place
-
-        factor, self.relative = factorise(fill, damp, module, escalate=escalate)
-        torch.cholesky_inverse(factor, out=factor)
-        live = added["shift"][~dead]
-        self.damping = float(live[0]) if len(live) else 0.0
-        self._spread(count)
-        self._weight, self._dead = weight, dead
-        columns = self.original(self.index)
-        self.matrices[:, 1].addmm_(columns.T, columns, beta=0)
-        self.total = self._energy(hessian)
-        self.change = torch.zeros_like(columns)
-
-    @property
-    def count(self) -> int:
-        return len(self.index)
-
-    def original(self, columns: Tensor) -> Tensor:
-        """Return columns of W0 [out, columns]; those of dead inputs are zero, as they cost nothing."""
-        found = self._weight[:, columns].to(self._flat.dtype)
-        return found.masked_fill(self._dead[columns], 0) if bool(self._dead[columns].any()) else found
-
-    def _energy(self, hessian: Tensor) -> float:
-        """Return tr(W0 H W0') = sum of G o H; dead inputs have no part in it."""
-        total, whole = 0.0, self.count == len(hessian)
-        step = max(1, CHUNK // len(hessian))
-        for start in range(0, self.count, step):
-            rows = slice(start, start + step)
-            own = hessian[rows] if whole else hessian[self.index[rows]].index_select(1, self.index)
-            total += float((own * self.matrices[rows, 1]).sum(dtype=torch.float64))
-        return total
-
-    def _spread(self, count: int) -> None:
-        """Move the rows of a [m, m] matrix at the start of the storage to their places in [m, 2, m]."""
-        self.matrices = self._flat.view(count, 2, count)
-        step = max(1, CHUNK // count)
-        for end in range(count, 0, -step):  # from the last: no row is overwritten before it has moved
-            start = max(0, end - step)
-            rows = self._flat[start * count : end * count].clone()
-            self.matrices[start:end, 0] = rows.view(-1, count)
-
-    def shrink(self, keep: Tensor) -> None:
-        """Keep these rows and columns [m'], ascending, moving them to the front of the same storage."""
-        count = len(keep)
-        smaller = self._flat[: 2 * count * count].view(count, 2, count)
-        step = max(1, CHUNK // (2 * self.count))
-        for start in range(0, count, step):  # from the first: new places never lie behind old ones
-            rows = self.matrices[keep[start : start + step]]
-            # gather takes a tenth of the time of index_select along the last axis
-            torch.gather(rows, 2, keep.expand(len(rows), 2, count), out=smaller[start : start + step])
-        self.matrices = smaller
-        self.change = torch.gather(self.change, 1, keep.expand(len(self.change), count))
-        self.index = self.index[keep]
-
-
-def _single(state: _State) -> np.ndarray:
+def _single(state: State) -> np.ndarray:
     """Remove column by column; return the order."""
     order: list[int] = list(state.first)
     alive = torch.ones(state.count, dtype=state.matrices.dtype, device=state.matrices.device)
@@ -320,7 +206,7 @@ def _single(state: _State) -> np.ndarray:
     return np.array(order, dtype=np.int32)
 
 
-def _pick(state: _State, alive: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+def _pick(state: State, alive: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     """Remove ``steps`` columns without touching the matrices.
 
     Returns:
@@ -345,7 +231,7 @@ def _pick(state: _State, alive: Tensor, steps: int) -> tuple[Tensor, Tensor]:
             row[1].addmv_(q[:step].T, before[1], alpha=-1)
         ps, gs = row[:, s].tolist()
         if not (ps > 0 and math.isfinite(gs)):
-            raise _Unstable(f"its inverse has {ps:g} on the diagonal")
+            raise Unstable(f"its inverse has {ps:g} on the diagonal")
         error += max(gs, 0.0) / ps
         state.raised.append(error)
         picked.append(s)
@@ -359,7 +245,7 @@ def _pick(state: _State, alive: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     return torch.tensor(picked, device=rows.device), pending
 
 
-def _move(state: _State, picked: Tensor, q: Tensor) -> None:
+def _move(state: State, picked: Tensor, q: Tensor) -> None:
     """Bring D up to date after steps with vectors q [steps, m], and note ||D||^2 after each.
 
     D <- D - Y q with Y[:, k] = W[:, s_k] / sqrt(P_ss) at its step, so that W[:, s] = Y q[:, s].
@@ -375,7 +261,7 @@ def _move(state: _State, picked: Tensor, q: Tensor) -> None:
     state.change.addmm_(y, q, alpha=-1)
 
 
-def _units(state: _State, size: int, groups: int | None) -> np.ndarray:
+def _units(state: State, size: int, groups: int | None) -> np.ndarray:
     """Remove blocks of columns; with ``groups`` one of each group a step, the cheapest first."""
     number = (state.index[::size] // size).tolist()  # unit at each place
     total = len(number) + len(state.first)
@@ -405,7 +291,7 @@ def _units(state: _State, size: int, groups: int | None) -> np.ndarray:
     return found if groups else found[:, 0]
 
 
-def _cheapest(state: _State, size: int, alive: Tensor, allowed: Tensor) -> tuple[int, float, Tensor]:
+def _cheapest(state: State, size: int, alive: Tensor, allowed: Tensor) -> tuple[int, float, Tensor]:
     """Return the place of the cheapest unit, its cost tr(P_SS^-1 G_SS), and P_SS^-1 [size, size]."""
     units = len(alive)
     blocks = [
@@ -416,17 +302,17 @@ def _cheapest(state: _State, size: int, alive: Tensor, allowed: Tensor) -> tuple
     p[~alive] = torch.eye(size, dtype=p.dtype, device=p.device)
     factor, info = torch.linalg.cholesky_ex(p)
     if bool((info != 0).any()):
-        raise _Unstable("a block of its inverse has a negative eigenvalue")
+        raise Unstable("a block of its inverse has a negative eigenvalue")
     inverse = torch.cholesky_inverse(factor)
     scores = (inverse * g.transpose(1, 2)).sum((1, 2)).masked_fill(~(alive & allowed), math.inf)
     place = int(scores.argmin())
     score = float(scores[place])
     if not math.isfinite(score):
-        raise _Unstable("the cost of a removal is not a number")
+        raise Unstable("the cost of a removal is not a number")
     return place, score, inverse[place]
 
 
-def _remove_block(state: _State, block: slice, inverse: Tensor) -> float:
+def _remove_block(state: State, block: slice, inverse: Tensor) -> float:
     """Remove a block of columns; return by how much ||D||^2 grows."""
     p, g, d = state.matrices[:, 0], state.matrices[:, 1], state.change
     rows = inverse.to(p.dtype) @ p[block]
@@ -457,158 +343,3 @@ def _one_thread(like: Tensor) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-# ---- closed form -------------------------------------------------------------------------------
-
-
-def solve(
-    weight: Tensor,
-    hessian: Tensor,
-    kept: Sequence[int] | np.ndarray | Tensor,
-    damp: float = 1e-2,
-    *,
-    module: str = "the matrix",
-) -> Tensor:
-    """Return the kept columns of a matrix, changed so that they make up for the others: float32 [out, kept].
-
-    Args:
-        weight: W0, float32 [out, in].
-        hessian: mean of x x' [in, in], undamped.
-        kept: columns that stay, ascending.
-        damp: relative damping (of the whole Hessian), raised when the system cannot be solved.
-        module: for messages.
-
-    Columns of inputs that never fired stay as they are: nothing is known about them. With every column
-    kept the result is W0, bit for bit.
-
-    Raises:
-        InputError: E314 the system cannot be solved with any damping.
-    """
-    with exact_products(), torch.no_grad():
-        mask = _mask(kept, weight.shape[1], weight.device)
-        if bool(mask.all()):
-            return weight.clone()
-        change, _, _ = _system(weight, hessian, mask, damp, module, torch.float64)
-        return weight[:, mask] + change.to(weight.dtype)
-
-
-def error_of(weight: Tensor, hessian: Tensor, solved: Tensor, kept: Sequence[int] | np.ndarray) -> float:
-    """Return ||(W - W0) X||^2 / ||W0 X||^2 of given kept columns, on the undamped Hessian."""
-    with exact_products(), torch.no_grad():
-        mask = _mask(kept, weight.shape[1], weight.device)
-        difference = -weight.double()
-        difference[:, mask] += solved.double()
-        total = energy(weight, hessian)
-        return energy(difference, hessian) / total if total else 0.0
-
-
-def energy(weight: Tensor, hessian: Tensor) -> float:
-    """Return tr(W H W') in float64; with H = mean of x x' the mean squared norm of W x."""
-    total = 0.0
-    for columns in range(0, len(hessian), 512):
-        part = slice(columns, columns + 512)
-        total += float((weight.double() @ hessian[:, part].double()).mul_(weight[:, part]).sum())
-    return total
-
-
-def _mask(kept: Sequence[int] | np.ndarray | Tensor, columns: int, device: torch.device) -> Tensor:
-    mask = torch.zeros(columns, dtype=torch.bool, device=device)
-    mask[torch.as_tensor(np.asarray(kept, dtype=np.int64), device=device)] = True
-    return mask
-
-
-def _system(
-    weight: Tensor, hessian: Tensor, mask: Tensor, damp: float, module: str, products: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what the kept columns change by [out, kept], W0_R H[R, K], and what was added to H[K, K].
-
-    ``products`` is the precision of the right-hand side.
-    """
-    kept, removed = mask.nonzero().flatten(), (~mask).nonzero().flatten()
-    gone = weight[:, removed].masked_fill(dead_inputs(hessian)[removed], 0).to(products)
-    known = gone @ _part(hessian, removed, kept, products)
-    change, added = ridge(known, hessian, kept, lambda r: shift(hessian.diagonal(), r)[kept], damp, module)
-    return change, known.to(change.dtype), added
-
-
-def ridge(
-    known: Tensor,
-    hessian: Tensor,
-    kept: Tensor,
-    shift_of: Callable[[float], Tensor],
-    damp: float,
-    module: str,
-) -> tuple[Tensor, Tensor]:
-    """Solve change (H[K, K] + diag(shift)) = known, in float64 where it fits, else in float32 with refinement.
-
-    Args:
-        known: [out, kept].
-        hessian: [n, n], undamped.
-        kept: int64 [kept], which of its rows and columns make the system.
-        shift_of: relative damping -> shift, float64 [kept] (`surgeon.prune.damping.shift`).
-        damp: relative damping, raised when the system cannot be solved.
-        module: for messages.
-
-    Returns:
-        The change [out, kept], and the shift that was added, float64 [kept].
-    """
-    dtype = torch.float64 if len(kept) <= FLOAT64_COLUMNS else torch.float32
-
-    def fill(relative: float) -> Tensor:
-        square = _part(hessian, kept, kept, dtype)
-        square.diagonal().add_(shift_of(relative).to(dtype))
-        return square.T
-
-    factor, relative = factorise(fill, damp, module)
-    known = known.to(dtype)
-    change = torch.cholesky_solve(known.T, factor).T
-    added = shift_of(relative)
-    if dtype == torch.float32:
-        change = _refined(change, known, hessian, kept, added, factor)
-    return change, added
-
-
-def _left(weight: Tensor, hessian: Tensor, mask: Tensor, damp: float, module: str, total: float) -> float:
-    """Return tr(dW H dW') of the closed form, undamped; ``total`` is tr(W0 H W0')."""
-    dtype = hessian.dtype
-    change, known, added = _system(weight, hessian, mask, damp, module, dtype)
-    stay = mask if int(mask.sum()) <= len(mask) // 2 else ~mask  # the smaller square is the cheaper one
-    part = weight[:, stay].masked_fill(dead_inputs(hessian)[stay], 0).to(dtype)
-    chosen = stay.nonzero().flatten()
-    square = (part @ _part(hessian, chosen, chosen, dtype)).mul_(part).sum(dtype=torch.float64)
-    if stay is mask:  # tr(W0_R H[R, R] W0_R') from the whole
-        square = total - square - 2 * known.mul(part).sum(dtype=torch.float64)
-    # dW = [change, -W0_R]; the normal equations give change H[K, K] = known - change * added.
-    ridge = (change.double().square().sum(0) * added).sum()
-    return max(0.0, float(square - change.mul(known).sum(dtype=torch.float64) - ridge))
-
-
-def _part(hessian: Tensor, rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return H[rows, columns] in ``dtype``, made in slices so that no wide copy lies beside it."""
-    out = torch.empty(len(rows), len(columns), dtype=dtype, device=hessian.device)
-    _copy_part(hessian, rows, columns, out)
-    return out
-
-
-def _copy_part(hessian: Tensor, rows: Tensor, columns: Tensor, out: Tensor) -> None:
-    if len(rows) == len(columns) == len(hessian):
-        out.copy_(hessian)
-        return
-    step = max(1, CHUNK // len(hessian))
-    for start in range(0, len(rows), step):
-        taken = hessian[rows[start : start + step]]
-        out[start : start + step] = torch.gather(taken, 1, columns.expand(len(taken), -1))
-
-
-def _refined(
-    change: Tensor, known: Tensor, hessian: Tensor, kept: Tensor, added: Tensor, factor: Tensor
-) -> Tensor:
-    """Return a float32 solution after one step of refinement with residuals in float64."""
-    wide = change.double()
-    residual = known.double() - wide * added
-    step = max(1, CHUNK // len(kept))
-    for start in range(0, len(kept), step):
-        rows = _part(hessian, kept[start : start + step], kept, torch.float64)
-        residual.addmm_(wide[:, start : start + step], rows, alpha=-1)
-    return change + torch.cholesky_solve(residual.float().T, factor).T

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -31,10 +32,12 @@ class Nothing:
         raise AssertionError("nothing was asked for")
 
 
-def last_states(checkpoint: Checkpoint, samples: Sequence[np.ndarray], settings: Settings) -> list[Tensor]:
+def last_states(
+    checkpoint: Checkpoint, samples: Sequence[np.ndarray], settings: Settings, *, stop: threading.Event | None = None
+) -> list[Tensor]:  # fmt: skip
     """Return the states behind the final norm [tokens, hidden] of every sample, on the CPU."""
     with Walk(checkpoint, samples, replace(settings, spill=None)) as walk:
-        walk.run(Nothing())
+        walk.run(Nothing(), stop=stop)
         return [states.clone() for _, states in walk.hidden()]
 
 
@@ -46,6 +49,7 @@ def compare(
     *,
     decoder: bool,
     reference: Sequence[Tensor] | None = None,
+    stop: threading.Event | None = None,
 ) -> dict[str, Any]:
     """Return perplexity of both, KL(source || pruned) and top-1 agreement; of encoders the cosine of mean states.
 
@@ -54,12 +58,13 @@ def compare(
         samples: token ids; every position that predicts a next token counts.
         decoder: whether next tokens are predicted.
         reference: `last_states` of the source, when known.
+        stop: set it to stop.
 
     Returns:
         {"tokens", "perplexity": [source, pruned], "kl" in nats, "top1"} or {"tokens", "cosine", "nmse"}.
     """
-    ours = list(reference) if reference is not None else last_states(source, samples, settings)
-    theirs = last_states(pruned, samples, settings)
+    ours = list(reference) if reference is not None else last_states(source, samples, settings, stop=stop)
+    theirs = last_states(pruned, samples, settings, stop=stop)
     if not decoder:
         return _states(ours, theirs)
     with threads(settings.threads), torch.no_grad():
@@ -89,7 +94,7 @@ def _tokens(
             place = slice(start, min(start + PLACES, len(targets)))
             totals += _compared(first(one[place]), second(other[place]), targets[place])
     count = sum(len(ids) - 1 for ids in samples)
-    before, after, divergence, agreed = totals / max(count, 1)
+    before, after, divergence, agreed = (totals / max(count, 1)).tolist()
     return {
         "tokens": count, "perplexity": [math.exp(min(before, 700)), math.exp(min(after, 700))],
         "kl": max(0.0, divergence), "top1": agreed,

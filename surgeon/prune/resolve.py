@@ -32,10 +32,10 @@ from surgeon.calibrate.watching import Watching
 from surgeon.checkpoint.checkpoint import Checkpoint, open_path
 from surgeon.checkpoint.header import Header, TensorInfo, printable
 from surgeon.errors import InputError, Interrupted, Where
+from surgeon.prune.closed_form import columns_of, ridge
 from surgeon.prune.criteria import read_output
 from surgeon.prune.damping import exact_products, shift
 from surgeon.prune.database import Database
-from surgeon.prune.obs import columns_of, ridge
 from surgeon.prune.tensor_file import TensorFile
 from surgeon.structure.cut import Cut, Kept
 from surgeon.structure.parts import Attention, Ffn, Output, Structure

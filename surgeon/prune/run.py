@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from surgeon.checkpoint.digests import known_digest, remember
+from surgeon import __version__
+from surgeon.checkpoint.digests import InputDigester
 from surgeon.derive import Source
 from surgeon.errors import SurgeonError
-from surgeon.execute import execute
-from surgeon.output import staging
+from surgeon.execute import Outcome, execute
 from surgeon.output.manifest import MANIFEST
-from surgeon.prune.decide import check_reachable, in_words
-from surgeon.prune.members import Member, asked, build, forget_candidates, publication
-from surgeon.prune.request import SPARSE, PruneRequest, Target
+from surgeon.output.staging import DestinationLock
+from surgeon.prune import preflight
+from surgeon.prune.decide import in_words
+from surgeon.prune.members import Member, build, forget_candidates, publication
+from surgeon.prune.request import SPARSE, PruneRequest
 from surgeon.prune.session import Say, Session, Tell
+from surgeon.prune.written import kept_in
 from surgeon.structure.cut import Cut
 from surgeon.system import peak_memory, physical_cores
 from surgeon.verify.static import verify_path
+
+BEAT = 60.0
+"""Seconds between two signs of life in the lock of a work folder."""
 
 
 def prune(
@@ -45,72 +51,75 @@ def prune(
         source: the model.
         destination: folder of the result; of a family the folder of its members.
         overwrite: replace an earlier result.
-        resume: take up rankings, tables and candidates of an interrupted run.
-        dry_run: only say what would be done, or refuse as the run would.
+        resume: take up rankings, tables and finished members of an interrupted run.
+        dry_run: only say what would be done, or refuse as the run would; nothing is written.
         progress: (what, done, total).
         say: one sentence for the user.
+        stop: set it to end early; nothing is published, and the same call goes on later.
 
     Returns:
         The document ``surgeon prune --json`` prints.
     """
     started = time.perf_counter()
     destination = destination.absolute()
-    work = request.work_folder(destination)
-    session = Session(source, request, work, progress or (lambda *_: None), say or (lambda _: None), stop)
-    targets = request.targets
+    session = Session(
+        source, request, request.work_folder(destination), progress or (lambda *_: None), say or (lambda _: None), stop
+    )  # fmt: skip
+    preflight.check_model(session)
     document = _document(session, destination)
-    same = _finished(session, destination, targets)
+    same = _finished(session, destination) if resume else None
     if same is not None:
         return {
             **document,
-            "members": same,
-            "unchanged": True,
-            "seconds": round(time.perf_counter() - started, 3),
+            **_published(session, destination, same, unchanged=True),
+            "seconds": _since(started),
         }
-    _check_destination(session, destination, overwrite)
-    if not resume and not request.work:
-        shutil.rmtree(work, ignore_errors=True)
-    if request.method in SPARSE:
-        from surgeon.prune import sparse_run
-
-        found = sparse_run.build(session, targets[0], destination.name, dry_run=dry_run)
-    else:
-        for target in targets:
-            check_reachable(session, target)
-        found = {} if dry_run else _members(session, targets, destination.name)
+    inputs = preflight.inputs_of(session)
+    preflight.check_places(session, destination, inputs, overwrite=overwrite)
+    needs = preflight.check_disk(session, destination, len(request.targets))
     if dry_run:
-        return {**document, "status": "dry-run", "needs": session.needs(), "warnings": session.warnings}
-    plan = publication(session, found, [], session.warnings)
-    forget_candidates(work)
-    outcome = execute(
-        plan, destination, threads=request.threads or physical_cores(), overwrite=overwrite,
-        memory_limit=request.memory_limit, resume=resume, stop=stop,
-        progress=lambda done, total: session.tell("writing", done, total),
-        input_paths=[*_inputs(session)],
-    )  # fmt: skip
+        return {**document, **_rehearsed(session, needs), "seconds": _since(started)}
+    with _locked(session):
+        if not resume:
+            shutil.rmtree(session.work, ignore_errors=True)
+        found = _members(session, destination.name)
+        plan = publication(session, found, [], session.warnings)
+        forget_candidates(session.work)
+        session.release()
+        outcome = execute(
+            plan, destination, threads=request.threads or physical_cores(), overwrite=overwrite,
+            memory_limit=request.memory_limit, resume=resume, stop=stop, input_paths=inputs,
+            progress=lambda done, total: session.tell("writing", done, total),
+        )  # fmt: skip
+        if not request.work:
+            shutil.rmtree(session.work, ignore_errors=True)
     made = [member.document(outcome.models[key]) for key, member in found.items()]
-    if not request.work:
-        shutil.rmtree(work, ignore_errors=True)
     return {
-        **document, "plan": {"id": plan.plan_id()}, "members": made, "warnings": list(dict.fromkeys(session.warnings)),
+        **document, **_published(session, destination, made, outcome=outcome), "plan": {"id": plan.plan_id()},
         "calibration": session.texts.record if session.used_text else None,
         "workload": session.workload.sentence() if request.target_speedup else None,
         "table": session.table.document() if request.target_speedup else None,
-        "seconds": round(time.perf_counter() - started, 3), "peak_memory_bytes": peak_memory(),
+        "seconds": _since(started), "peak_memory_bytes": peak_memory(),
     }  # fmt: skip
 
 
-def _members(session: Session, targets: tuple[Target, ...], title: str) -> dict[str, Member]:
+def _members(session: Session, title: str) -> dict[str, Member]:
     """Build every member of a family from one calibration run; "" is the key of a single one."""
-    if session.request.method == "lapp":
+    request, targets = session.request, session.request.targets
+    if request.method in SPARSE:
+        from surgeon.prune import sparse_run
+
+        return sparse_run.build(session, targets[0], title)
+    preflight.check(session, targets)
+    if request.method == "lapp":
         from surgeon.prune import lapp
 
         return lapp.build(session, targets, title)
-    if session.request.distill:
+    if request.distill:
         from surgeon.prune import gradual
 
         return gradual.build_family(session, targets, title)
-    if session.request.nested:
+    if request.nested:
         from surgeon.prune import nested
 
         return nested.build(session, targets, title)
@@ -121,79 +130,151 @@ def _members(session: Session, targets: tuple[Target, ...], title: str) -> dict[
     return found
 
 
+def _rehearsed(session: Session, needs: dict[str, int]) -> dict[str, Any]:
+    """Return what a dry run adds; targets are checked as far as that needs no measurement."""
+    targets = session.request.targets
+    checked = session.request.method not in SPARSE and (
+        not session.request.target_speedup or session.knows_table
+    )
+    if checked:
+        preflight.check(session, targets)
+    elif session.request.method in SPARSE:
+        from surgeon.prune import sparse_run
+
+        sparse_run.build(session, targets[0], "dry run", dry_run=True)
+    else:
+        session.say(
+            "whether the speedup can be reached shows when the latency table is measured, before anything else"
+        )
+    return {
+        "status": "dry-run", "needs": needs, "outlook": preflight.outlook(session, targets),
+        "structures": list(session.structures) if session.request.method not in (*SPARSE, "depth") else [],
+        "targets_checked": checked, "warnings": list(dict.fromkeys(session.warnings)),
+        "workload": session.workload.sentence() if session.request.target_speedup else None,
+    }  # fmt: skip
+
+
 def _document(session: Session, destination: Path) -> dict[str, Any]:
     checkpoint = session.source.checkpoint
     return {
-        "status": "ok", "output": str(destination), "method": session.request.method, "criterion": session.request.solver,
+        "status": "ok", "output": {"path": str(destination)}, "method": session.request.method,
+        "criterion": session.request.solver if session.request.method not in (*SPARSE, "lapp") else None,
         "model": {
             "name": session.source.key, "parameters": sum(i.elements for i in checkpoint.tensors.values()),
             "bytes": sum(i.nbytes for i in checkpoint.tensors.values()),
             "shape": in_words(Cut.whole(session.structure.layers), session),
         },
-        "targets": [target.name for target in session.request.targets], "members": [], "unchanged": False,
+        "targets": [target.name for target in session.request.targets], "members": [], "metrics": {}, "gates": [],
         "warnings": [], "workload": None,
     }  # fmt: skip
 
 
-def _inputs(session: Session) -> list[Path]:
-    checkpoint = session.source.checkpoint
-    folder = [checkpoint.folder] if checkpoint.folder is not None else []
-    return [*folder, *(header.file for header in checkpoint.headers)]
+def _published(
+    session: Session, destination: Path, members: list[dict[str, Any]], *, outcome: Outcome | None = None,
+    unchanged: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Return the parts of the document that say what lies at the destination."""
+    digests = {
+        name: digest
+        for body in (outcome.manifests.values() if outcome else ())
+        for name, digest in body["files"].items()
+        if name.endswith(".safetensors")
+    }
+    metrics: dict[str, Any] = {}
+    if len(members) == 1:
+        speed, quality = members[0].get("speedup") or {}, members[0].get("quality") or {}
+        if speed.get("predicted") is not None or speed.get("measured") is not None:
+            spread = (speed["high"] - speed["low"]) / 2 if speed.get("measured") is not None else None
+            metrics["speedup"] = {
+                "predicted": speed["predicted"],
+                "measured": speed["measured"],
+                "spread": spread,
+            }
+        metrics |= {
+            name: quality[name] for name in ("perplexity", "kl", "top1", "cosine", "nmse") if name in quality
+        }
+    return {
+        "output": {
+            "path": str(destination), "models": {member["name"]: member["path"] for member in members},
+            "parameters": sum(member["parameters"] for member in members),
+            "bytes": sum(member["bytes"] for member in members), "sha256": digests,
+            "unchanged": unchanged or bool(outcome and outcome.unchanged),
+        },
+        "members": members, "metrics": metrics, "warnings": list(dict.fromkeys(session.warnings)),
+    }  # fmt: skip
 
 
-def _check_destination(session: Session, destination: Path, overwrite: bool) -> None:
-    """Refuse what publishing would refuse, before hours of work."""
-    staging.check_destination(destination, _inputs(session), overwrite=overwrite, is_file=False)
+def _since(started: float) -> float:
+    return round(time.perf_counter() - started, 3)
 
 
-def _finished(
-    session: Session, destination: Path, targets: tuple[Target, ...]
-) -> list[dict[str, Any]] | None:
+@contextmanager
+def _locked(session: Session) -> Iterator[None]:
+    """Hold the work folder: two runs that share it would take each other's candidates for their own."""
+    session.work.parent.mkdir(parents=True, exist_ok=True)
+    lock = DestinationLock.acquire(session.work)
+    told: Callable[[str, int, int], None] = session.tell
+    last = [time.monotonic()]
+
+    def tell(what: str, done: int, total: int) -> None:
+        if time.monotonic() - last[0] > BEAT:
+            last[0] = time.monotonic()
+            lock.heartbeat()
+        told(what, done, total)
+
+    session.tell = tell
+    try:
+        yield
+    finally:
+        session.release()
+        lock.release()
+
+
+# ---- a result that is there already --------------------------------------------------------------
+
+
+def _finished(session: Session, destination: Path) -> list[dict[str, Any]] | None:
     """Return the members when the destination already holds what is asked for, verified.
 
-    Timing a model twice never gives equal figures, so equality is that of the request and the source.
+    Timing a model twice never gives equal figures, so equality is that of request, text and source.
     """
+    targets = session.request.targets
     family = len(targets) > 1 and not session.request.nested
     found = []
     for target in targets if family else targets[:1]:
         folder = destination / target.name if family else destination
         try:
             manifest = json.loads((folder / MANIFEST).read_bytes())
-            recipe = manifest["recipe"]
-            if recipe.get("request") != asked(session)["request"] or not _same_source(session, manifest):
+            if not _same(session, manifest) or verify_path(folder, hashes=True).errors:
                 return None
-            if verify_path(folder, hashes=True).errors:
-                return None
+            size = manifest["output"]
+            member = {
+                "name": target.name, "path": str(folder), "parameters": size["parameters"], "bytes": size["bytes"],
+                "shape": _shape(session, folder), "speedup": None, "quality": {}, "remarks": [], "readers": [],
+            }  # fmt: skip
         except (OSError, ValueError, KeyError, TypeError, SurgeonError):
             return None
-        size = manifest["output"]
-        found.append(
-            {
-                "name": target.name,
-                "path": str(folder),
-                "parameters": size["parameters"],
-                "bytes": size["bytes"],
-                "shape": "",
-            }
-        )
+        found.append(member)
     return found
 
 
-def _same_source(session: Session, manifest: Mapping[str, Any]) -> bool:
-    recorded = {
-        name: file["sha256"] for model in manifest["inputs"].values() for name, file in model["files"].items()
-    }
-    for header in session.source.checkpoint.headers:
-        found = known_digest(header)
-        if found is None:
-            found = _hashed(header.file)
-            remember([(header, found)])
-        if recorded.get(header.file.name) != found:
-            return False
-    return True
+def _shape(session: Session, folder: Path) -> str:
+    try:
+        return in_words(kept_in(folder), session)
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        return in_words(Cut.whole(session.structure.layers), session)  # sparse: every shape stays
 
 
-def _hashed(path: Path) -> str:
-
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def _same(session: Session, manifest: Mapping[str, Any]) -> bool:
+    recipe = manifest["recipe"]
+    asked = json.loads(json.dumps(session.asked))
+    if manifest["program"]["version"] != __version__ or any(
+        recipe.get(name) != asked[name] for name in asked
+    ):
+        return False
+    recorded = dict(recipe.get("source") or {})
+    if not recorded:
+        files = (model["files"] for model in manifest["inputs"].values())
+        recorded = {name: file["sha256"] for one in files for name, file in one.items()}
+    digests = InputDigester(list(session.source.checkpoint.headers)).finish()
+    return all(recorded.get(file.name) == digest for file, digest in digests.items())

@@ -21,7 +21,7 @@ from surgeon.measure.conditions import Conditions
 from surgeon.measure.differencing import Levels, measure_table
 from surgeon.measure.table import LatencyTable
 from surgeon.measure.workload import Workload
-from surgeon.prune import database, depth, quality, texts
+from surgeon.prune import database, quality, texts
 from surgeon.prune.cost import Cost, SizeCost, TimeCost
 from surgeon.prune.criteria import minitron
 from surgeon.prune.depth_ranking import DepthRanking
@@ -31,7 +31,6 @@ from surgeon.prune.permitted import Permitted
 from surgeon.prune.ranking import Ranking
 from surgeon.prune.request import TARGETS, PruneRequest, Target
 from surgeon.prune.true_loss import TrueLoss, Weights
-from surgeon.structure.biases import with_biases
 from surgeon.structure.cut import Cut, Kept
 from surgeon.structure.find import structure_of
 from surgeon.structure.parts import Structure
@@ -43,6 +42,9 @@ PLACES = frozenset(
     {"model", "work", "threads", "memory_limit", "latency_table", "device", "offline", "calibration", "max_shard_size"}
 )  # fmt: skip
 """Fields of the request that say where and how fast, not what."""
+
+JUST_MORE = 1 + 1e-6
+"""The least speedup asked of a stage that is there already: the next smaller size."""
 
 OF_TEXT = ("name", "sha256", "ids_sha256", "statistics", "search", "held_out")
 """What of a text's record goes into a manifest."""
@@ -238,18 +240,28 @@ class Session:
             return Environment.here(self.conditions, dtype=probe.dtype, attention=probe.attention)
 
     def goal(self, target: Target, table: LatencyTable | None = None) -> Goal:
-        """Return what a target means as a budget."""
-        checkpoint = self.source.checkpoint
+        """Return what a target, which counts from the dense model, means as a budget of this session's source."""
+        checkpoint, value = self.source.checkpoint, target.value
         cost: Cost
         if target.kind == "speedup":
-            cost = TimeCost(table or self.table, self.structure)
+            table = table or self.table
+            cost = TimeCost(table, self.structure)
+            value /= self.reached(table)
+            value = max(value, JUST_MORE) if self.origin else value
         elif target.kind == "size":
             cost = SizeCost(
                 checkpoint, self.structure, "bytes", CODES[self.request.dtype] if self.request.dtype else None
             )
         else:
             cost = SizeCost(checkpoint, self.structure)
-        return Goal(target.kind, target.value, cost)
+        if target.kind == "sparsity" and self.origin is not None:
+            whole = SizeCost(self.origin.source.checkpoint, self.origin.structure).prunable()
+            value = max(JUST_MORE - 1, 1 - whole * (1 - value) / cost.prunable())
+        return Goal(target.kind, value, cost)
+
+    def reached(self, table: LatencyTable) -> float:
+        """Return how many times as fast as the dense model this session's source is by a table."""
+        return table.dense / TimeCost(table, self.structure).dense if self.origin is not None else 1.0
 
     # ---- statistics --------------------------------------------------------------------------------
 
@@ -268,39 +280,11 @@ class Session:
         return self.database.ranking(layer, kind, mode)
 
     def depth_ranking(self, most: int | None = None, method: str | None = None) -> DepthRanking:
-        """Return which layers go first; kept for later targets and runs.
+        """Return which layers go first; `most` and `method` as in `surgeon.prune.layer_order.ranked`."""
+        from surgeon.prune.layer_order import ranked
 
-        Args:
-            most: layers that may have to go; None for as many as can.
-            method: a depth criterion; None takes the one in force.
-        """
         name = method or ("nmse" if self.request.method != "depth" else self.request.solver)
-        ranking = self._ranked_layers(name, most)
-        protected = set(self.request.protect_layers)
-        if not protected:
-            return ranking
-        first = next((k for k, drop in enumerate(ranking.drops) if protected & set(drop)), len(ranking.drops))
-        if first < 2:
-            raise UsageError("E267", f"{name} drops a layer of --protect-layers first", help="protect other layers, or another --criterion")  # fmt: skip
-        return DepthRanking(ranking.method, ranking.layers, ranking.drops[:first], ranking.scores[:first],
-                            ranking.importance, ranking.notes)  # fmt: skip
-
-    def _ranked_layers(self, name: str, most: int | None) -> DepthRanking:
-        file = self.work / f"layers-{name}.json"
-        try:
-            kept = json.loads(file.read_bytes())
-            ranking = DepthRanking.from_document(kept["ranking"])
-            if kept["key"] == self.key and most is not None and len(ranking.drops) > most:
-                return ranking
-        except (OSError, ValueError, KeyError, TypeError):
-            pass
-        chosen = depth.get(name)
-        ranking = chosen.rank(
-            self.source.checkpoint, list(self.texts.search) if chosen.needs_text else [], self.settings, drop=most,
-            progress=lambda done, total: self.tell("ranking layers", done, total), stop=self.stop,
-        )  # fmt: skip
-        self.keep(file.name, {"key": self.key, "ranking": ranking.document()})
-        return ranking
+        return ranked(self, name, most)
 
     @cached_property
     def drops(self) -> tuple[tuple[int, ...], ...]:
@@ -349,27 +333,6 @@ class Session:
         changes = self.database.criterion.solves or self.database.method == "flap"
         return self.database.weights if changes else None
 
-    def check_bias(self) -> None:
-        """Refuse FLAP where no class can hold the bias it leaves.
-
-        Raises:
-            InputError: E369.
-        """
-        names = [
-            f"{part.output.module}.bias"
-            for name, parts in (("heads", self.structure.attention), ("ffn", self.structure.ffn))
-            if name in self.structures
-            for part in parts
-            if part is not None
-        ]
-        try:
-            with_biases(self.source.checkpoint, self.structure, names)
-        except InputError as error:
-            raise InputError(
-                "E369", f"flap makes good what it removes by a bias, which a {self.structure.model_type} model cannot have there",
-                where=error.where, help="--criterion ziplm solves the remaining weights instead; it needs no bias",
-            ) from error  # fmt: skip
-
     def hidden_kept(self, count: int) -> Kept:
         """Return the channels of the residual stream that stay (Minitron)."""
         scores = minitron.hidden_scores(
@@ -382,7 +345,7 @@ class Session:
     @cached_property
     def reference(self) -> list[Any]:
         """Last hidden states of the source on the held-out text."""
-        return quality.last_states(self.source.checkpoint, self.texts.held_out, self.settings)
+        return quality.last_states(self.source.checkpoint, self.texts.held_out, self.settings, stop=self.stop)
 
     @property
     def used_text(self) -> bool:

@@ -64,11 +64,15 @@ def load(request: PruneRequest, folder: Path) -> Texts:
         **found.record,
         "statistics": _count(statistics), "search": _count(search), "held_out": _count(held_out),
     }  # fmt: skip
-    # All that were asked for and the two further texts: fewer is only worth a word when statistics suffer.
-    warnings = tuple(w for w in found.warnings if len(statistics) < request.samples or "sample" not in w)
+    warnings = [warning for warning in found.warnings if f"not {wanted:,}" not in warning]
+    if len(statistics) < request.samples:
+        warnings.append(
+            f"{found.record['name']} gives {len(samples)} samples: {share} are held out, {share} compare plans, which leaves "
+            f"{len(statistics)} calibration samples for statistics, not {request.samples}"
+        )
     return Texts(
         tuple(statistics), tuple(ids[:SEARCH_TOKENS] for ids in search),
-        tuple(ids[:SEARCH_TOKENS] for ids in held_out), record, warnings,
+        tuple(ids[:SEARCH_TOKENS] for ids in held_out), record, tuple(warnings),
     )  # fmt: skip
 
 

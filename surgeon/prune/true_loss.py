@@ -99,8 +99,9 @@ class TrueLoss:
         self._structure = structure
         self._progress = progress
         self._settings = settings
-        self._solved = _Cache(budget // 4)
-        # A quarter is for solved weights; the sweep takes its limit for layers and a quarter of it more for streams.
+        self._solved = _Cache(budget // 8)
+        # An eighth is for solved weights; the sweep takes its own limit for layers and a quarter more for
+        # streams; the rest is for logits.
         shared = replace(settings, memory_limit=budget * 3 // 5)
         self._sweep = LayerSweep(checkpoint, samples, shared, streams=FIRST + most, stop=stop)
         self._budget = shared.budget()

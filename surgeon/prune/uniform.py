@@ -22,6 +22,9 @@ from surgeon.search.trials import Clock
 from surgeon.structure.cut import Cut, LayerCut, LayerShape
 from surgeon.structure.parts import Structure
 
+BEYOND = 4
+"""Plans that cost less than the band, whose loss is computed, too: where sizes are coarse one may lose less."""
+
 WHOLE = ""
 """The attention mode of a point that cuts no attention."""
 
@@ -103,6 +106,9 @@ def choose_uniform(
     goal.check(grid.least)
     points, within = grid.points(tolerance)
     chosen = _writable(_promising(points), grid, allowed, candidates)
+    if candidates > 1:
+        cheaper = [point for point in grid.fitting if point.cost < min(point.cost for point in points)]
+        chosen += _writable(_promising(cheaper), grid, allowed, BEYOND, needed=False)
     clock = Clock(deadline)
     tried: list[Tried] = []
     stopped = "converged"
@@ -116,9 +122,13 @@ def choose_uniform(
         for (point, cut), loss in zip(part, found, strict=True):
             value = float(loss) if np.isfinite(loss) else float("inf")
             tried.append(Tried(cut, value, point.prior, point.cost, point.name))
-    best = finite_best(tried)
+    least = min(point.cost for point in points)
+    inside = [one for one in tried if one.cost >= least]
+    best = finite_best(inside)
     mode = next(point.mode for point, cut in chosen if cut == best.cut)
-    return Choice(best, mode, tuple(tried), stopped, within)
+    return Choice(
+        best, mode, tuple(inside), stopped, within, beyond=tuple(one for one in tried if one.cost < least)
+    )
 
 
 def _promising(points: Sequence[Point]) -> list[Point]:
@@ -138,8 +148,8 @@ def _promising(points: Sequence[Point]) -> list[Point]:
 
 
 def _writable(
-    points: Sequence[Point], grid: _Grid, allowed: Callable[[Cut], bool] | None, most: int
-) -> list[tuple[Point, Cut]]:
+    points: Sequence[Point], grid: _Grid, allowed: Callable[[Cut], bool] | None, most: int, *, needed: bool = True
+) -> list[tuple[Point, Cut]]:  # fmt: skip
     found: list[tuple[Point, Cut]] = []
     for point in points:
         cut = grid.cut(point)
@@ -147,7 +157,7 @@ def _writable(
             found.append((point, cut))
         if len(found) == most:
             break
-    if not found:
+    if not found and needed:
         raise UsageError(
             "E271", f"none of {len(points)} uniform cuts that reach the target can be written as a stock model",
             help="--layout per-layer, or --structures ffn,layers",
@@ -156,7 +166,11 @@ def _writable(
 
 
 class _Grid:
-    """All uniform cuts of a model that a goal allows."""
+    """All uniform cuts of a model that a goal allows.
+
+    Attributes:
+        fitting: every point within the budget, once `points` was called.
+    """
 
     def __init__(
         self, ranking: Rankings, structure: Structure, goal: Goal, structures: frozenset[str],
@@ -165,8 +179,9 @@ class _Grid:
         self._ranking = ranking
         self._structure = structure
         self._goal = goal
+        self.fitting: list[Point] = []
         self._drops = tuple(dict.fromkeys(((), *drops)))
-        _check_alike(structure, structures)
+        check_alike(structure, structures)
         self._attentions = self._attention_choices(structures, modes)
         self._widths: tuple[int, ...] = (0,)
         width = next((ffn.width for ffn in structure.ffn if ffn is not None), 0)
@@ -235,6 +250,7 @@ class _Grid:
             if len(fitting):  # widths descend
                 first = int(fitting[0])
                 found.append(self._point(levels, count, self._widths[first], drop, float(costs[first])))
+        self.fitting = found
         inside = [point for point in found if point.cost >= budget * (1 - tolerance)]
         if inside:
             return inside, True
@@ -276,7 +292,7 @@ class _Grid:
         return Cut(tuple(layers))
 
 
-def _check_alike(structure: Structure, structures: frozenset[str]) -> None:
+def check_alike(structure: Structure, structures: frozenset[str]) -> None:
     """Refuse to cut alike what differs from layer to layer (E270)."""
     attention = {(a.heads, a.groups, a.head_dim) for a in structure.attention if a is not None}
     ffn = {f.width for f in structure.ffn if f is not None}

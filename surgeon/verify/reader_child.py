@@ -3,7 +3,8 @@
 Started by `surgeon.verify.readers` as a plain file, so that nothing of this program is imported
 beside the reader. The request is one JSON object on standard input; the answer is one JSON
 object in the file the request names, rewritten after every stage, so that a crash shows how far
-it came. Code that a model brings along is never run.
+it came. Code that a model brings along is never run; where the request says so, this program's own
+copy of that code, which the caller found equal, takes its place.
 """
 
 from __future__ import annotations
@@ -99,9 +100,14 @@ class Child:
         import transformers
 
         self.stage("loading the config")
+        own = self.request.get("own_code", {}).get(path)
         try:
-            config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
-            kind = auto_class(config)
+            if own is not None:
+                kind = packaged_class(**own)
+                config = kind.config_class.from_pretrained(path)
+            else:
+                config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+                kind = auto_class(config)
         except Exception as error:
             if "trust_remote_code" in str(error):
                 self.answer["unable"] = "the model needs its own code, which is not run"
@@ -332,6 +338,17 @@ class Child:
             "max_difference": difference, "largest": scale, "relative": relative, "top1_agreement": agree,
             "positions": int(mine.shape[0] * mine.shape[1]),
         }  # fmt: skip
+
+
+def packaged_class(folder: str, module: str, name: str) -> Any:
+    """Return a model class of this program's own: ``module`` of the package in ``folder``."""
+    import importlib
+    import types
+
+    package = types.ModuleType("surgeon_modeling")
+    package.__path__ = [folder]
+    sys.modules.setdefault("surgeon_modeling", package)
+    return getattr(importlib.import_module(f"surgeon_modeling.{module}"), name)
 
 
 def auto_class(config: Any) -> Any:

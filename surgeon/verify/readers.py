@@ -2,7 +2,8 @@
 
 A reader may crash, hang or use up the memory; then that is the finding. The child process runs
 `surgeon.verify.reader_child` with the hub switched off and limits on time and memory, and never
-runs code that a model brings along.
+runs code that a model brings along; of models whose layers differ, whose code files the caller found
+equal to the packaged ones, the packaged ones are run.
 
 Codes: E360 loading failed, E361 generation, E362 tokenizer or chat template, E363 comparison,
 E364 the reader crashed; E512 torch or transformers is missing, E513 the reader cannot do it here
@@ -18,6 +19,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,6 +57,15 @@ class Reading:
     versions: dict[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class OwnCode:
+    """A packaged model class: its file in a folder of modules, and its name there."""
+
+    folder: Path
+    module: str
+    name: str
+
+
 def available() -> list[str]:
     """Return the packages a reader needs that are not installed; imports nothing."""
     return [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
@@ -84,8 +95,12 @@ def read_with_transformers(
     against: Path | None = None,
     timeout: float = TIMEOUT,
     memory_limit: int | None = None,
+    own_code: Mapping[Path, OwnCode] | None = None,
 ) -> Reading:
     """Load a model folder with transformers in a fresh process; optionally generate and compare.
+
+    Args:
+        own_code: folder -> the packaged class it is loaded with, where its own code files equal the package's.
 
     Raises:
         UsageError: E207 the model is a bare file, which no reader loads.
@@ -94,6 +109,10 @@ def read_with_transformers(
     require(path, *([against] if against is not None else []))
     budget = memory_limit or memory_budget()
     request = _request(path, generate, against, budget)
+    request["own_code"] = {
+        str(place.absolute()): {"folder": str(own.folder), "module": own.module, "name": own.name}
+        for place, own in (own_code or {}).items()
+    }
     answer, code = _run(request, timeout)
     return _reading(path, answer, code)
 

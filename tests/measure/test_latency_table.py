@@ -108,9 +108,22 @@ def test_groups_that_fit_into_memory_give_the_same_table(room):
 def test_heads_of_every_group_are_a_row_of_their_own():
     table = table_of(levels=Levels(((4, 4), (4, 2), (0, 0)), (512, 0)))
     assert table.attention[4, 4] != table.attention[4, 2]  # as many heads, but of more groups
-    assert table.attention_seconds(2, 1) == pytest.approx((table.attention[4, 2] + table.attention[0, 0]) / 2)
+    assert table.attention_seconds(6, 3) == pytest.approx((table.attention[8, 4] + table.attention[4, 2]) / 2)
     with pytest.raises(UsageError, match="6 heads with 2"):
         table.attention_seconds(6, 2)
+
+
+def test_a_nearly_removed_module_costs_more_than_a_removed_one():
+    """Costs jump at 0: below the smallest measured size the line of the sizes above goes on."""
+    table = table_of()
+    scale = table.rest / REST
+    for width in (1, 8, 40):
+        assert table.ffn_seconds(width) / scale == pytest.approx(ffn_cost(width) + CALLS / 2)
+    assert table.ffn_seconds(0) < 0.25 * table.ffn_seconds(1)
+    few = table_of(levels=Levels(((4, 2), (0, 0)), (512, 0)))
+    assert few.attention_seconds(2, 1) / few.rest * REST == pytest.approx(attention_cost(1) + CALLS / 2)
+    steep = replace(table, ffn={0: 0.5, 64: 1.0, 128: 9.0, 1024: 10.0})
+    assert steep.ffn_seconds(1) == 0.5  # never below having none
 
 
 def test_what_nothing_loads_is_left_out_and_named():
@@ -124,7 +137,7 @@ def test_what_nothing_loads_is_left_out_and_named():
     for call in (
         lambda: table.ffn_seconds(0),
         lambda: table.attention_seconds(0, 0),
-        lambda: table.ffn_seconds(63),
+        lambda: table.ffn_seconds(1025),
     ):
         with pytest.raises(UsageError) as caught:
             call()
@@ -181,7 +194,7 @@ def test_interpolated_times_never_fall_with_size_and_hit_the_measured_ones():
         ffn={k: noisy(e) for k, e in timed.ffn.items()},
     )
     table = assemble(timed, FULL, LAYERS, Workload(), HERE, "")
-    times = [table.ffn_seconds(width) for width in range(0, 1025)]
+    times = [table.ffn_seconds(width) for width in range(1025)]
     assert all(a <= b for a, b in itertools.pairwise(times)) and times[0] >= 0
     assert [times[width] for width in table.ffn] == list(table.ffn.values())
     heads = [table.attention_seconds(2 * g, g) for g in range(5)]
@@ -324,6 +337,7 @@ def structure(heads: int = 8, groups: int = 4, width: int = 1024, layers: int = 
 def test_levels_are_few_spread_and_legal():
     found = Levels.of(structure(64, 32, 14336), multiple=128)
     assert len(found.ffn) == MOST_LEVELS - 1 == len(found.attention)
+    assert found.ffn[-2] == 896 and found.attention[-2] == (4, 2)
     assert all(w % 128 == 0 for w in found.ffn) and found.ffn[-1] == 0 and found.attention[-1] == (0, 0)
     assert all(h == 2 * g for h, g in found.attention)
     assert Levels.of(structure()).attention == ((6, 3), (4, 2), (2, 1), (0, 0))
@@ -331,6 +345,8 @@ def test_levels_are_few_spread_and_legal():
     assert Levels.of(structure(8, 1), attention="groups").attention == ((0, 0),)
     assert Levels.of(structure(), attention=None, ffn=False) == Levels()
     assert Levels.of(structure(width=5)).ffn == (4, 3, 2, 1, 0)
+    assert Levels.of(structure(width=64), multiple=32).ffn == (32, 0)
+    assert Levels.of(structure(width=64), multiple=128).ffn == (0,)
 
 
 def test_layers_of_several_kinds_are_refused():

@@ -305,7 +305,7 @@ def _measured(ratio: float, half: float) -> Measured:
 @pytest.mark.parametrize(
     ("ratio", "half", "expected"),
     [(1.5, 0.005, "met"), (1.45, 0.005, "too slow"), (1.45, 0.006, "met"), (1.55, 0.004, "too fast"), (1.55, 0.006, "met"),
-     (1.5, 0.2, "not measurable"), (1.0, 0.6, "not measurable")],
+     (1.5, 0.2, "not measurable"), (1.0, 0.6, "not measurable"), (2.0, 0.2, "too fast"), (1.2, 0.2, "too slow")],
 )  # fmt: skip
 def test_a_target_is_met_when_the_interval_meets_the_band(ratio, half, expected):
     found = _measured(ratio, half)

@@ -14,8 +14,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import naive_obs
 
 from surgeon.errors import InputError
-from surgeon.prune import damping, obs
-from surgeon.prune.obs import error_of, removal_order, solve
+from surgeon.prune import closed_form, damping, obs
+from surgeon.prune.closed_form import error_of, solve
+from surgeon.prune.obs import removal_order
 
 DAMP = 1e-2
 
@@ -375,7 +376,7 @@ def test_large_systems_are_solved_in_float32_and_refined(monkeypatch):
     weight, hessian, _ = problem(columns=300, rows=20, tokens=900)
     kept = list(range(0, 300, 2))
     wanted = solve(weight, hessian, kept, 1e-4)
-    monkeypatch.setattr(obs, "FLOAT64_COLUMNS", 0)
+    monkeypatch.setattr(closed_form, "FLOAT64_COLUMNS", 0)
     found = solve(weight, hessian.float(), kept, 1e-4)
     change = wanted - weight[:, kept]
     assert float((found - wanted).norm() / change.norm()) < 1e-5

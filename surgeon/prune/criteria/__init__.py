@@ -180,7 +180,7 @@ class Criterion(Protocol):
     def bias(self, context: Context, kept: Kept) -> Tensor | None:
         """Return what is added to the output bias, float32 [out], when these units stay; None for nothing.
 
-        ``kept`` counts what `Ranking.kept` does: channels, or query heads.
+        ``kept`` counts what `Ranking.kept` does: channels, or query heads. The context has no Hessian here.
         """
         ...
 
