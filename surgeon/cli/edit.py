@@ -281,8 +281,12 @@ def _finish(out: Output, done: Any) -> dict[str, Any]:
         document["seconds"] = round(outcome.seconds, 3)
         if not out.quiet:
             out.line(f"unchanged {done.path}: it already holds this result, verified" if outcome.unchanged else
-                     f"verified  {len(done.report['changed'])} tensors changed or added, all others byte for byte the source's")  # fmt: skip
+                     f"verified  {_count(len(done.report['changed']))} changed or added, all others byte for byte the source's")  # fmt: skip
             out.log("An edited model must be evaluated before use: accuracy and answer length on its task and on a neutral one "
                     "(surgeon eval).")  # fmt: skip
     out.line(f"wrote     {done.path}")
     return document
+
+
+def _count(tensors: int) -> str:
+    return f"{tensors:,} tensor" + ("" if tensors == 1 else "s")

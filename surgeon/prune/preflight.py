@@ -59,6 +59,9 @@ def check_model(session: Session) -> None:
             _check_bias(session)
     if request.target_speedup:
         _check_memory(session)
+        _ = session.workload
+    if request.latency_table:
+        _ = session.table
     _ = session.texts
 
 

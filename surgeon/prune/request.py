@@ -90,7 +90,8 @@ class Target:
     @property
     def name(self) -> str:
         """How a member of a family is called: "speedup=1.5"."""
-        shown = self.pattern or (f"{self.value:g}" if self.value < 1e6 else f"{self.value / 1e6:g}M")
+        # Every digit counts: two members must never share a folder.
+        shown = self.pattern or (f"{self.value:.12g}" if self.value < 1e6 else f"{self.value / 1e6:.12g}M")
         return f"{self.kind}={shown}"
 
 
@@ -272,10 +273,9 @@ class PruneRequest(BaseModel):
                              help="one target at a time, or --layout uniform")  # fmt: skip
 
     def work_folder(self, destination: Path) -> Path:
-        """Return where rankings, Hessians and candidates lie: --work, or OUT.work."""
-        if self.work:
-            return Path(self.work).expanduser().absolute()
-        return destination.absolute().parent / f"{destination.name}.work"
+        """Return where rankings, Hessians and candidates lie: a folder of its own in --work, or in OUT.work."""
+        place = destination.absolute().parent / f"{destination.name}.work"
+        return (Path(self.work).expanduser().absolute() if self.work else place) / "prune"
 
 
 def build(**values: Any) -> PruneRequest:

@@ -7,7 +7,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,9 @@ def prune(
         )  # fmt: skip
         if not request.work:
             shutil.rmtree(session.work, ignore_errors=True)
+    if not request.work:
+        with suppress(OSError):  # other things may lie there: steps of a recipe
+            session.work.parent.rmdir()
     made = [member.document(outcome.models[key]) for key, member in found.items()]
     return {
         **document, **_published(session, destination, made, outcome=outcome), "plan": {"id": plan.plan_id()},

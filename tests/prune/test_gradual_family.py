@@ -114,6 +114,7 @@ def test_training_improves_on_the_cut(model, scratch, machine, options):
     assert after < 0.9 * before and made["quality"]["kl"] == pytest.approx(after, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_stop_in_the_second_stage_keeps_the_first(model, scratch, machine, options, monkeypatch):
     target = {"target_speedup": (1.3, 1.7)}
     whole = api.prune(model, scratch / "whole", **target, **options)
@@ -139,6 +140,7 @@ def test_a_stop_in_the_second_stage_keeps_the_first(model, scratch, machine, opt
         assert all(one[name].equal(two[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_a_single_member_may_have_layers_of_its_own_sizes(model, scratch, machine, options):
     made = api.prune(model, scratch / "out", target_speedup=1.8, layout="per-layer", **options)["members"][0]
     assert made["quality"]["kl"] > 0

@@ -250,7 +250,8 @@ def test_a_second_run_changes_nothing_and_another_request_is_refused(prune, mode
 def test_two_runs_into_one_work_folder_are_refused(prune, model, scratch, machine):
     from surgeon.output.staging import DestinationLock
 
-    lock = DestinationLock.acquire(scratch / "out.work")
+    (scratch / "out.work").mkdir()
+    lock = DestinationLock.acquire(scratch / "out.work" / "prune")
     try:
         refused = prune(model, "-o", scratch / "out", "--target-speedup", 1.5)
     finally:
@@ -266,6 +267,17 @@ def test_a_kept_work_folder_spares_a_later_run_the_calibration(prune, model, scr
     monkeypatch.setattr(hessians.ChannelStatistics, "observe", lambda *a: pytest.fail("calibrated again"))
     assert prune(model, "-o", scratch / "two", "--target-speedup", 1.7, *work).code == 0
     assert machine.tables == 1 and (scratch / "kept").is_dir()
+
+
+def test_nothing_but_its_own_work_is_ever_removed(prune, model, scratch, machine):
+    for place in (scratch / "kept", scratch / "out.work"):
+        place.mkdir()
+        (place / "mine.txt").write_text("keep me")
+    given = (model, "--sparsity", 0.3, "--no-resume", "--overwrite")
+    assert prune(*given, "-o", scratch / "one", "--work", scratch / "kept").code == 0
+    assert prune(*given, "-o", scratch / "out").code == 0
+    assert (scratch / "kept" / "mine.txt").read_text() == "keep me"
+    assert [path.name for path in (scratch / "out.work").iterdir()] == ["mine.txt"]
 
 
 # ---- the document --------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ def refused(capsys, scratch, machine, monkeypatch):
         assert f"error[{code}]" in ran.err, ran.err
         assert ran.code == exit_code, ran.err
         found = runs.snapshot(scratch)
-        left = {name for name in found.keys() - before.keys() if not name.startswith("out.work/table-")}
+        left = {name for name in found.keys() - before.keys() if not name.startswith("out.work/prune/table-")}
         assert not left and not (scratch / "out").exists()
         return ran.err
 
@@ -155,6 +155,53 @@ def test_protected_layers_and_rounding_that_cannot_be_are_refused(refused, scrat
     assert "of 432 channels" in refused("E269", 2, model, "--sparsity", 0.3, "--round-to", 500)
     assert "protect" in refused(
         "E267", 2, model, "--method", "depth", "--keep-layers", 3, "--protect-layers", "0,1,2,3"
+    )
+
+
+def test_J7_tables_that_do_not_fit_are_refused_before_calibration(refused, scratch, machine, capsys):
+    from dataclasses import replace
+
+    from surgeon.measure.workload import Workload
+
+    model, file = runs.small(scratch / "model"), scratch / "table.json"
+    asked = (model, "--target-speedup", 1.5, "--latency-table", file)
+    table = runs.table_of(machine, model, Workload())
+    replace(table, environment=replace(runs.HERE, device_name="Another CPU", threads=8)).save(file)
+    said = refused("E516", 5, *asked)
+    assert "Another CPU there, Made up here" in said and "--table-anyway" in said
+    text = scratch / "cal.jsonl"
+    table.save(file)
+    refused("E283", 2, *asked, "--mode", "decode")
+    replace(table, model="another").save(file)
+    assert "other sizes" in refused("E283", 2, *asked)
+    file.write_text("{}")
+    refused("E283", 2, *asked)
+    file.unlink()
+    ran = runs.command(capsys, "prune", *asked, "-o", scratch / "out", *SHORT, "--calibration", text)
+    assert ran.code in (2, 3, 5) and "table.json" in ran.err
+
+
+def test_J7_a_table_of_another_machine_may_be_used_anyway(scratch, machine, capsys):
+    from dataclasses import replace
+
+    from surgeon.measure.workload import Workload
+
+    model, file, text = (
+        runs.small(scratch / "model"),
+        scratch / "table.json",
+        runs.text(scratch / "cal.jsonl"),
+    )
+    table = runs.table_of(machine, model, Workload())
+    replace(table, environment=replace(runs.HERE, threads=8)).save(file)
+    ran = runs.command(capsys, "prune", model, "--target-speedup", 1.5, "--latency-table", file, "--table-anyway",
+                       "-o", scratch / "out", *SHORT, "--calibration", text, "--json")  # fmt: skip
+    assert ran.code == 0, ran.err
+    assert "used anyway" in " ".join(ran.document["table"]["notes"]) and machine.tables == 0
+
+
+def test_a_workload_that_an_encoder_does_not_have_is_refused(refused, scratch):
+    assert "generates nothing" in refused(
+        "E280", 2, runs.tiny("bert", scratch / "bert"), "--target-speedup", 1.5, "--mode", "mix"
     )
 
 

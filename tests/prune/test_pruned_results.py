@@ -217,7 +217,7 @@ def test_minitron_cuts_the_residual_stream(prune, scratch, family):
         ("phi3", "heads"),
     ],
 )
-def test_every_family_is_cut_to_a_speedup_in_what_it_can_lose(prune, machine, scratch, family, shape):
+def test_E5_every_family_is_cut_to_a_speedup_in_what_it_can_lose(prune, machine, scratch, family, shape):
     machine.rest, machine.ffn = 0.01, 0.0004
     model = runs.tiny(family, scratch / "model")
     made = prune(model, target_speedup=1.35, round_to=1 if family != "mixtral" else "auto", tolerance=0.1)
@@ -275,7 +275,7 @@ def test_the_plain_program_tries_one_plan_and_the_search_more(prune, scratch):
     assert len(prune(model, target_speedup=1.5, overwrite=True)["tried"]) > 3
 
 
-def test_layers_of_their_own_sizes_are_never_worse_than_uniform(prune, scratch):
+def test_E6_layers_of_their_own_sizes_are_never_worse_than_uniform(prune, scratch):
     model = runs.small(scratch / "model")
     made = prune(model, target_speedup=1.6, layout="per-layer")
     config = json.loads((scratch / "out" / "config.json").read_text())
@@ -305,7 +305,7 @@ for folder in sys.argv[1:]:
 
 
 @pytest.mark.slow
-def test_results_load_strictly_in_a_fresh_process(prune, scratch):
+def test_E5_results_load_strictly_in_a_fresh_process(prune, scratch):
     sizes = {}
     for family in ("qwen2", "bert"):
         model = runs.small(scratch / family) if family == "qwen2" else runs.tiny(family, scratch / family)
