@@ -753,7 +753,9 @@ def export(
     from surgeon.deploy.export import export as run
 
     request = export_request.build(model=str(model), **options)
-    opening = {name: getattr(request, name) for name in ("offline", "weights", "ignore_unlisted", "allow_pickle")}
+    opening = {
+        name: getattr(request, name) for name in ("offline", "weights", "ignore_unlisted", "allow_pickle")
+    }
     with open_source(model, **opening) as source:
         return run(source, request, Path(output) if output else None, overwrite=overwrite, resume=resume, dry_run=dry_run,
                    threads=threads, memory_limit=memory_limit, progress=progress, stop=stop)  # fmt: skip

@@ -20,10 +20,10 @@ from surgeon.checkpoint.checkpoint import Checkpoint
 from surgeon.checkpoint.dtypes import CODES, DTYPES, promote
 from surgeon.checkpoint.header import TensorInfo, printable
 from surgeon.checkpoint.patterns import matches
+from surgeon.copying import Cast, Copy, CopyIfEqual
 from surgeon.errors import InputError, SurgeonError, UsageError, Where, raise_all
 from surgeon.merge import align
 from surgeon.merge.align import Findings
-from surgeon.copying import Cast, Copy, CopyIfEqual
 from surgeon.merge.lints import lint
 from surgeon.merge.method import Binding, Method
 from surgeon.merge.methods import catalogue

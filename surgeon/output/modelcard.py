@@ -308,7 +308,9 @@ def _summary(data: CardData) -> str:
         "merge": f"A merge of {len(data.sources)} models ({names}) with the method {_code(data.method)}.",
         "prune": f"A smaller model cut from {names} with the method {_code(data.method)}.",
         "edit": f"{names} with its weights edited by the method {_code(data.method)}.",
-        "export": f"A member of the nested family {names}." if data.method == "member" else f"{names} in another form.",
+        "export": f"A member of the nested family {names}."
+        if data.method == "member"
+        else f"{names} in another form.",
     }[data.verb]
     return sentence + (f"\n\n{', '.join(size)}." if size else "")
 
@@ -353,7 +355,11 @@ def _snippets(data: CardData) -> str:
 
 def _limitations(data: CardData) -> str:
     if data.verb != "merge":
-        done = {"prune": "pruned", "edit": "edited", "export": "pruned" if data.method == "member" else "converted"}[data.verb]
+        done = {
+            "prune": "pruned",
+            "edit": "edited",
+            "export": "pruned" if data.method == "member" else "converted",
+        }[data.verb]
         return (
             f"A {done} model has been computed, not trained: evaluate it on your task before use. It has the limitations "
             f"and biases of its source; knowledge the evaluation does not ask for may be lost, and safety training may "

@@ -12,7 +12,6 @@ from dataclasses import replace
 from surgeon.calibrate import data
 from surgeon.checkpoint.checkpoint import open_path
 from surgeon.derive import Source
-from surgeon.errors import UsageError
 from surgeon.measure.compare import speedup, verdict
 from surgeon.prune.decide import Decision
 from surgeon.prune.goal import Goal
@@ -27,14 +26,7 @@ KINDS = {"heads": "attention", "ffn": "ffn"}
 
 
 def build(session: Session, targets: tuple[Target, ...], title: str) -> dict[str, Member]:
-    """Return one member a target, each learned on its own from the source.
-
-    Raises:
-        UsageError: E272 a uniform layout, which thresholds by layer do not give.
-    """
-    if session.request.layout == "uniform":
-        raise UsageError("E272", "lapp learns a threshold for every layer, so layers end with sizes of their own",
-                         help="add --layout per-layer, or use --method ziplm")  # fmt: skip
+    """Return one member a target, each learned on its own from the source."""
     samples = _samples(session)
     return {
         (target.name if len(targets) > 1 else ""): _member(session, target, samples, title)

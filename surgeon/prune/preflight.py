@@ -14,7 +14,7 @@ from typing import Any
 
 from surgeon.checkpoint.header import printable
 from surgeon.deploy import per_layer
-from surgeon.errors import EnvironmentFault, InputError, OutputConflict
+from surgeon.errors import EnvironmentFault, InputError, OutputConflict, Where
 from surgeon.measure.models import HEADROOM, dtype_of
 from surgeon.output import staging
 from surgeon.prune import database
@@ -45,7 +45,10 @@ def check(session: Session, targets: Iterable[Target]) -> None:
 def check_model(session: Session) -> None:
     """Refuse a model, text or layout; no target is looked at and nothing measured."""
     request, config = session.request, session.source.checkpoint.config or {}
-    structure, _ = session.structure, session.folder
+    structure, folder = session.structure, session.folder
+    if config.get("auto_map") and request.method not in SPARSE:
+        raise InputError("E326", f"{printable(str(folder))} asks for code of its own (auto_map), which is not run", where=Where(str(folder)),
+                         help="if the library knows the family, remove auto_map from a copy of config.json")  # fmt: skip
     if request.method not in SPARSE and request.method != "depth":
         cut = frozenset(session.structures)
         if request.layout == "per-layer":

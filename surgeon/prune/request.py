@@ -236,6 +236,9 @@ class PruneRequest(BaseModel):
             if name in changed and self.method not in methods:
                 raise UsageError("E267", f"--{_dashed(name)} has no effect on {self.method}",
                                  help=f"it belongs to {', '.join(methods)}")  # fmt: skip
+        if self.method == "lapp" and self.layout == "uniform":
+            raise UsageError("E272", "lapp learns a threshold for every layer, so layers end with sizes of their own",
+                             help="add --layout per-layer, or use --method ziplm")  # fmt: skip
         for name in sorted(changed & OF_SPEEDUP) if not self.target_speedup else ():
             option = "--no-measure" if name == "measure" else f"--{_dashed(name)}"
             raise UsageError("E267", f"{option} has no effect without --target-speedup", help="leave it out")

@@ -188,10 +188,16 @@ class Session:
         r = self.request
         config = self.source.checkpoint.config or {}
         if r.latency_table:
-            table = LatencyTable.load(Path(r.latency_table), self._here, config, table_anyway=r.table_anyway)
-            if r.mode is not None and table.workload != self.workload:
-                table.check(None, workload=self.workload, where=Path(r.latency_table))
+            place = Path(r.latency_table)
+            table = LatencyTable.load(place, self._here, config, table_anyway=r.table_anyway)
+            fields = type(r).model_fields
+            if any(
+                getattr(r, name) != fields[name].default for name in ("mode", "batch", "context", "generate")
+            ):
+                table.check(None, workload=self.workload, where=place)
             self.workload = table.workload
+            for note in table.notes:
+                self.say(note)
             return table
         levels = self._levels()
         file = self._table_file(levels)
@@ -269,12 +275,13 @@ class Session:
     def database(self) -> database.Database:
         """Rankings of all modules, from one pass over the text."""
         kinds = tuple(name for name in self.structures if name in ("heads", "ffn"))
-        return database.build(
+        found = database.build(
             self.source.checkpoint, self.structure, self.texts.statistics, self.settings, method=self.request.solver,
             folder=self.work / "database", structures=kinds, modes=self.modes or None, damp=self.request.damp,
-            seed=self.request.seed, stop=self.stop,
-            progress=self.tell,
+            seed=self.request.seed, stop=self.stop, progress=self.tell,
         )  # fmt: skip
+        self.warnings.extend(found.notes)
+        return found
 
     def ranking(self, layer: int, kind: str, mode: str) -> Ranking:
         return self.database.ranking(layer, kind, mode)

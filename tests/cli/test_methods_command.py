@@ -31,7 +31,9 @@ def test_the_other_families_list_every_method_and_have_a_page_for_each(capsys, f
     for method in listed["methods"]:
         page = run(capsys, "methods", method["name"])
         assert page.code == 0
-        assert f"surgeon {family} MODEL --method {method['name']}" in page.out and method["summary"] in page.out
+        assert (
+            f"surgeon {family} MODEL --method {method['name']}" in page.out and method["summary"] in page.out
+        )
 
 
 @pytest.mark.parametrize("name", names())

@@ -23,11 +23,11 @@ from surgeon.calibrate.statistics import MeanAbsolute, collect
 from surgeon.calibrate.statistics_file import Statistics
 from surgeon.checkpoint.checkpoint import open_path
 from surgeon.checkpoint.memory import MemoryCheckpoint, MemoryWriter
+from surgeon.copying import Copy
 from surgeon.errors import InputError, UsageError
 from surgeon.kernels import cast, fused
 from surgeon.merge import aim, align
 from surgeon.merge.combination import Combination, Fixed
-from surgeon.copying import Copy
 from surgeon.merge.methods.dler import Dler, stochastic
 from surgeon.merge.methods.linear import Linear
 from surgeon.merge.methods.passthrough import Scaled

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from surgeon.copying import Cast, Copy, CopyIfEqual
 from surgeon.errors import InputError, UsageError
 from surgeon.kernels import cast
-from surgeon.copying import Cast, Copy, CopyIfEqual
 from surgeon.merge.methods import catalogue, names
 from surgeon.merge.methods.dler import stochastic
 from surgeon.plan import Block

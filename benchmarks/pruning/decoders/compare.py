@@ -91,25 +91,26 @@ def main() -> None:
         "calibration": (str(text),), "samples": 256, "sequence_length": 256, "threads": 1, "mode": "prefill", "context": 256,
         "batch": 4, "round_to": 32, "search_budget": 3.0,
     }  # fmt: skip
-    table = output / "work" / "ziplm, uniform" / "table.json"
+    tables = output / "work" / "ziplm, uniform" / "prune"  # its run measures the table for all
     rows = []
-    order = sorted(METHODS, key=lambda name: name != "ziplm, uniform")  # its run measures the table for all
+    order = sorted(METHODS, key=lambda name: name != "ziplm, uniform")
     for name in order:
         if options.only and options.only not in name and name != "ziplm, uniform":
             continue
-        rows += run(name, METHODS[name], options.parent, output, targets, common, table, held_out, parent)
+        rows += run(name, METHODS[name], options.parent, output, targets, common, tables, held_out, parent)
         write(output, rows, parent, options)
     if options.gradual:
-        rows += gradual(options, output, targets, common, table, held_out, parent)
+        rows += gradual(options, output, targets, common, tables, held_out, parent)
         write(output, rows, parent, options)
 
 
-def run(name, method, parent_folder, output, targets, common, table, held_out, parent):
+def run(name, method, parent_folder, output, targets, common, tables, held_out, parent):
     """Prune with one method to all targets; return one row each."""
     (output / "models" / name).mkdir(parents=True, exist_ok=True)
     given = {**common, **method, "work": str(output / "work" / name)}
-    if table.is_file():
-        given["latency_table"] = str(table)
+    found = sorted(tables.glob("table-*.json"))
+    if found:
+        given["latency_table"] = str(found[0])
         given["table_anyway"] = True
     if method["method"] == "depth":
         given.pop("round_to"), given.pop("search_budget")
@@ -143,7 +144,7 @@ def run(name, method, parent_folder, output, targets, common, table, held_out, p
     return rows
 
 
-def gradual(options, output, targets, common, table, held_out, parent):
+def gradual(options, output, targets, common, tables, held_out, parent):
     """Distil a family member by member, and train small dense models of the same sizes."""
     (output / "models").mkdir(parents=True, exist_ok=True)
     given = {

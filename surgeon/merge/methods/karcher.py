@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from surgeon.merge.combination import Combination, length, norms
 from surgeon.copying import Cast
+from surgeon.merge.combination import Combination, length, norms
 from surgeon.merge.method import Binding, Method, Parameter
 from surgeon.plan import Operation
 

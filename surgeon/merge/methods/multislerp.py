@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from surgeon.checkpoint.header import printable
+from surgeon.copying import Cast
 from surgeon.errors import InputError, UsageError, Where
 from surgeon.kernels import cast
 from surgeon.merge.combination import Combination, length, norms
-from surgeon.copying import Cast
 from surgeon.merge.method import Binding, Method, Parameter
 from surgeon.plan import Operation
 

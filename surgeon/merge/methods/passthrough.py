@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from surgeon.kernels import cast
 from surgeon.copying import Copy
+from surgeon.kernels import cast
 from surgeon.merge.method import Binding, Method, Parameter
 from surgeon.plan import Block, Operation
 
