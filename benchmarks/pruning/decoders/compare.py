@@ -147,9 +147,10 @@ def run(name, method, parent_folder, output, targets, common, tables, held_out, 
 def gradual(options, output, targets, common, tables, held_out, parent):
     """Distil a family member by member, and train small dense models of the same sizes."""
     (output / "models").mkdir(parents=True, exist_ok=True)
+    (found,) = tables.glob("table-*.json")
     given = {
         **common,
-        "latency_table": str(table),
+        "latency_table": str(found),
         "table_anyway": True,
         "work": str(output / "work" / "gradual"),
     }
