@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -331,10 +332,11 @@ class Verification:
     report: Report
     reading: Reading | None = None
     against: dict[str, Any] | None = None
+    findings: list[SurgeonError] = field(default_factory=list)
 
     @property
     def errors(self) -> list[SurgeonError]:
-        return [*self.report.errors, *(self.reading.errors if self.reading else [])]
+        return [*self.report.errors, *(self.reading.errors if self.reading else []), *self.findings]
 
     @property
     def warnings(self) -> list[str]:
@@ -405,6 +407,88 @@ def inspect(
             found, chosen, figures, inspection.by_layer(chosen, figures), inspection.expert_layers(chosen),
             checkpoint.config,
         )  # fmt: skip
+
+
+def inspect_experts(
+    model: str | Path,
+    *,
+    calibration: Sequence[str] | None = None,
+    stats: bool = False,
+    expert_record: str | Path | None = None,
+    scores: str | Path | None = None,
+    samples: int = 128,
+    sequence_length: int = 2048,
+    seed: int = 0,
+    keep_experts: int | None = None,
+    criterion: str = "easy-ep",
+    markers: Sequence[str] = (),
+    windows: Sequence[int] = (),
+    cache_ratios: Sequence[float] = (),
+    logits: bool = False,
+    device: str = "auto",
+    calibration_dtype: str = "float32",
+    threads: int | None = None,
+    memory_limit: int | None = None,
+    offline: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+    stop: threading.Event | None = None,
+) -> dict[str, Any]:
+    """Say what is known about a model's experts; the options of ``surgeon inspect --experts``.
+
+    Args:
+        calibration: text to run the model on, each PATH or NAME=PATH; None reads names alone.
+        stats: read the weights: norms, likeness, duplicates.
+        scores: keep the statistics of the pass in this file, for ``surgeon prune --scores``.
+        others: see `surgeon.experts.analysis`.
+
+    Returns:
+        The document ``surgeon inspect --experts --json`` holds under "routing".
+
+    Raises:
+        InputError: E420 a dense model, E421 an unknown family, and what a pass raises.
+    """
+    from surgeon.architectures import expert_records
+    from surgeon.structure.experts.find import experts_of
+
+    with open_model(model, offline=offline) as opened:
+        checkpoint = opened.checkpoint
+        experts = experts_of(checkpoint, expert_records.load(Path(expert_record)) if expert_record else None)
+        from surgeon.experts import analysis
+
+        if calibration is None:
+            if stats:
+                return analysis.analyse_weights(checkpoint, experts, progress=progress, stop=stop).document
+            return analysis.named(checkpoint, experts)
+        from surgeon.calibrate.settings import Settings
+        from surgeon.data.records import parse_sources
+        from surgeon.experts.measures import MeasureSettings
+        from surgeon.formats.dequantized import runnable
+
+        run = runnable(checkpoint)
+        measure = MeasureSettings(seed=seed, logits=logits)
+        if cache_ratios:
+            measure = replace(measure, cache_ratios=tuple(cache_ratios))
+        found = analysis.analyse_texts(
+            run, experts if run is checkpoint else experts_of(run, experts.record), parse_sources(list(calibration)),
+            Settings(device=device, dtype=calibration_dtype, threads=threads, memory_limit=memory_limit),
+            samples=samples, sequence_length=sequence_length, seed=seed, offline=offline, measure=measure, windows=tuple(windows),
+            keep=keep_experts, criterion=criterion.replace("-", "_"), markers=tuple(markers), weights=stats, progress=progress, stop=stop,
+        )  # fmt: skip
+        if scores is not None and found.statistics is not None:
+            found.statistics.save(Path(scores).expanduser())
+        return found.document
+
+
+def propose_experts(model: str | Path, *, offline: bool = False) -> tuple[Any, list[str]]:
+    """Propose a record of where an unknown family keeps its experts, and what to check about it.
+
+    Raises:
+        InputError: E421 nothing looks like experts.
+    """
+    from surgeon.structure.experts.guess import propose
+
+    with open_model(model, offline=offline) as opened:
+        return propose(opened.checkpoint)
 
 
 def diff(
@@ -549,6 +633,13 @@ def verify(
     if against is not None:
         second = parse_model_ref(str(against))
         other = locate(second.path, second.revision, second.subfolder, offline=offline).path
+    masked = _without_experts(path) if against is not None else None
+    if masked is not None and other is not None:
+        # Its experts are numbered anew, and it must not compute what the source does: it is compared with the
+        # source in which the experts that went are masked.
+        _compare_masked(found, masked, other, threads=threads, memory_limit=memory_limit)
+        other = None
+    elif against is not None:
         result = diff(model, against, values=True, anatomy=False, offline=offline, threads=threads)
         unequal = [n for n, v in (result.values or {}).items() if v.changed]
         found.against = {
@@ -567,6 +658,73 @@ def verify(
                        where=Where(str(path)))
         )  # fmt: skip
     return found
+
+
+def _without_experts(folder: Path) -> dict[str, Any] | None:
+    """Return what the report of a pruned mixture of experts says, None for any other model."""
+    try:
+        document = json.loads((folder / "pruning.json").read_bytes())
+        return document if isinstance(document, dict) and "experts" in document else None
+    except (OSError, ValueError):
+        return None
+
+
+def _compare_masked(
+    found: Verification,
+    document: dict[str, Any],
+    other: Path,
+    *,
+    threads: int | None,
+    memory_limit: int | None,
+) -> None:
+    """Compare a model with fewer experts with its source, layer by layer; both may be larger than memory."""
+    from surgeon.calibrate.data import random_tokens
+    from surgeon.calibrate.settings import Settings
+    from surgeon.checkpoint.checkpoint import open_path
+    from surgeon.experts import masked
+    from surgeon.formats.dequantized import runnable
+    from surgeon.structure.experts.cut import ExpertCut
+    from surgeon.structure.experts.find import experts_of
+
+    if document.get("replaced"):
+        found.findings.append(InputError("E409", "its experts were merged, so nothing else computes what it must", where=Where(str(found.path)),
+                                         help="leave --against out, and evaluate it"))  # fmt: skip
+        return
+    source, pruned = open_path(other, str(other)), open_path(found.path, str(found.path))
+    try:
+        cut = ExpertCut.from_document(document["experts"])
+        config = source.config or {}
+        vocabulary = int(config.get("vocab_size") or config.get("text_config", {}).get("vocab_size") or 1)
+        samples = [sample.ids for sample in random_tokens(vocabulary, 4, 64, 0).samples]
+        whole = runnable(source)
+        result = masked.compare(
+            whole,
+            experts_of(whole),
+            cut,
+            runnable(pruned),
+            samples,
+            Settings(threads=threads, memory_limit=memory_limit),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        found.findings.append(
+            InputError(
+                "E408", f"pruning.json is damaged: {type(error).__name__}", where=Where(str(found.path))
+            )
+        )
+        return
+    except SurgeonError as error:
+        found.findings.append(error)
+        return
+    finally:
+        source.close()
+        pruned.close()
+    found.against = {
+        "masked": True, "max_difference": result.max_difference, "exact": result.exact, "tokens": result.tokens,
+        "differs_from_unmasked": result.differs_from_unmasked, "tolerance": result.tolerance,
+    }  # fmt: skip
+    if not result.equal:
+        found.findings.append(InputError("E409", f"its logits differ from those of the source with the dropped experts masked by {result.max_difference:.3g}, "
+                                         f"more than roundings explain ({result.tolerance:.2g})", where=Where(str(found.path))))  # fmt: skip
 
 
 def _own_code(*folders: Path) -> dict[Path, readers.OwnCode]:
@@ -645,7 +803,8 @@ def prune(
         output: folder of the result; default NAME-pruned beside the model.
         progress: called with (what is being done, done, total).
         say: called with one sentence at a time.
-        options: any field of `surgeon.prune.request.PruneRequest`.
+        options: any field of `surgeon.prune.request.PruneRequest`; for mixtures of experts of
+            `surgeon.prune.experts.request.ExpertRequest`.
 
     Returns:
         The document ``surgeon prune --json`` prints: members with sizes, measured speedup and held-out quality.
@@ -654,17 +813,52 @@ def prune(
         >>> surgeon.prune("model", target_speedup=1.5)  # doctest: +SKIP
     """
     from surgeon.prune import request as requests
+    from surgeon.prune.experts import request as expert_requests
 
-    request = requests.build(model=str(model), **options)
     if str(model) == "." and not Path("config.json").is_file():
         raise UsageError("E204", "no model was named, and the current folder holds none", help="surgeon prune MODEL --target-speedup 1.5")  # fmt: skip
-    with open_source(model, offline=request.offline) as source:
-        from surgeon.prune import run
+    destination = Path(output) if output else default_output(model, "pruned")
+    how: dict[str, Any] = {
+        "overwrite": overwrite, "resume": resume, "dry_run": dry_run, "progress": progress, "say": say, "stop": stop
+    }  # fmt: skip
+    method = str(options.get("method") or "").replace("_", "-").lower()
+    if method and method not in expert_requests.METHODS:
+        # What is wrong with a request shows before the model is looked for.
+        request = requests.build(model=str(model), **options)
+        with open_source(model, offline=request.offline) as source:
+            from surgeon.prune import run
 
-        return run.prune(
-            request, source, Path(output) if output else default_output(model, "pruned"), overwrite=overwrite, resume=resume,
-            dry_run=dry_run, progress=progress, say=say, stop=stop,
-        )  # fmt: skip
+            return run.prune(request, source, destination, **how)
+    if method:
+        expert_request = expert_requests.build(model=str(model), **options)
+        with open_source(model, offline=expert_request.offline) as source:
+            return _prune_experts(expert_request, source, destination, how)
+    of_experts = expert_requests.ExpertRequest.model_fields.keys() - requests.PruneRequest.model_fields.keys()
+    if not of_experts & options.keys():
+        requests.build(model=str(model), **options)
+    with open_source(model, offline=bool(options.get("offline"))) as source:
+        if not _is_mixture(source.checkpoint):
+            request = requests.build(model=str(model), **options)
+            from surgeon.prune import run
+
+            return run.prune(request, source, destination, **how)
+        if options.get("target_speedup") or options.get("keep_layers"):
+            raise UsageError("E266", f"{source.key} is a mixture of experts: dropping experts changes neither the work per token nor the layers",
+                             help="--keep-experts or --target-size drops experts; for speed: --method depth or --method width")  # fmt: skip
+        if say is not None:
+            say("a mixture of experts: --method reap, unless another is given")
+        return _prune_experts(expert_requests.build(model=str(model), **options), source, destination, how)
+
+
+def _prune_experts(request: Any, source: Source, destination: Path, how: dict[str, Any]) -> dict[str, Any]:
+    from surgeon.prune.experts import run
+
+    return run.prune(request, source, destination, **how)
+
+
+def _is_mixture(checkpoint: Any) -> bool:
+    """Say whether a checkpoint holds routed experts."""
+    return any(".experts." in name or "block_sparse_moe" in name for name in checkpoint.tensors)
 
 
 def measure(

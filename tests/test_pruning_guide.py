@@ -10,11 +10,12 @@ import pytest
 from surgeon.cli.app import COMMANDS, build
 from surgeon.deploy.export_request import FORMATS
 from surgeon.prune import members, texts
+from surgeon.prune.experts import request as expert_requests
 from surgeon.prune.request import CRITERIA, METHODS, OPTIONS, SPARSE, SPARSITY, PruneRequest
 from surgeon.prune.request import build as request
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-GUIDES = ("pruning", "measuring", "editing", "formats")
+GUIDES = ("pruning", "experts", "measuring", "editing", "formats")
 TEXT = {name: (DOCS / f"{name}.md").read_text() for name in GUIDES}
 
 
@@ -43,6 +44,25 @@ def test_every_method_and_criterion_is_in_the_table_once():
     expected |= {(m, None) for m in METHODS if m not in CRITERIA}
     found = [(method, criterion) for method, criterion, _ in listed()]
     assert sorted(map(str, found)) == sorted(map(str, expected))
+
+
+def test_every_method_for_experts_is_in_their_table():
+    named = {
+        word
+        for row in rows(TEXT["experts"], "situation")
+        for word in re.findall(r"`([a-z][a-z0-9-]+)`", row[1])
+    }
+    assert named == set(expert_requests.METHODS)
+    assert ("`reap` (default)" in TEXT["experts"]) and expert_requests.ExpertRequest.model_fields[
+        "method"
+    ].default == "reap"
+    said = " ".join(TEXT["experts"].split())
+    assert (
+        f"{expert_requests.DEMONSTRATIONS} demonstrations of up to {expert_requests.DEMONSTRATION_TOKENS:,} tokens"
+        in said
+    )
+    for criterion in expert_requests.CHANNELS:
+        assert f"`{criterion}`" in said
 
 
 def test_the_defaults_in_the_table_are_the_defaults():
@@ -77,7 +97,12 @@ FOREIGN = {"--control-vector-scaled"}
 
 @pytest.mark.parametrize("guide", GUIDES)
 def test_options_in_a_guide_exist(guide):
-    known = set().union(*(options(name) for name in ("prune", "measure", "edit", "export", "eval"))) | FOREIGN
+    known = (
+        set().union(
+            *(options(name) for name in ("prune", "measure", "edit", "export", "eval", "inspect", "verify"))
+        )
+        | FOREIGN
+    )
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", TEXT[guide]))
     assert named and not named - known
 

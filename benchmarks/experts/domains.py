@@ -1,7 +1,7 @@
 """Texts of four domains that every machine with Python and torch has: program code, C++ headers, English prose, arithmetic.
 
 - code: the sources of the standard library, parsed and printed again, so without comments; docstrings removed;
-- headers: the C++ headers that come with torch (folder c10), comments removed;
+- headers: C++ headers that come with torch (c10 and the C++ frontend), comments removed;
 - prose: the language reference that ``help()`` shows (pydoc_data) and the docstrings of the standard library;
 - mathematics: sums, differences, products, comparisons and sequences in digits and in words, drawn from seeds.
 
@@ -29,6 +29,7 @@ EXERCISES = 6000
 
 Part = Literal["train", "calibration", "held_out"]
 LEFT_OUT = {"site-packages", "test", "tests", "idlelib", "lib2to3", "pydoc_data", "encodings", "__pycache__"}
+HEADERS = ("c10", "torch/csrc/api")
 COMMENT = re.compile(r"/\*.*?\*/|//[^\n]*", re.DOTALL)
 
 
@@ -71,8 +72,9 @@ def _code() -> Iterator[tuple[str, str]]:
 
 
 def _headers() -> Iterator[tuple[str, str]]:
-    root = Path(torch.__file__).parent / "include" / "c10"
-    for file in sorted(root.rglob("*.h"), key=lambda file: file.relative_to(root).as_posix()):
+    root = Path(torch.__file__).parent / "include"
+    files = [file for folder in HEADERS for file in (root / folder).rglob("*.h")]
+    for file in sorted(files, key=lambda file: file.relative_to(root).as_posix()):
         text = COMMENT.sub("", file.read_text(encoding="utf-8", errors="replace"))
         text = "\n".join(line.rstrip() for line in text.splitlines() if line.strip())
         if len(text) > 200:
@@ -92,10 +94,10 @@ def _prose() -> Iterator[tuple[str, str]]:
 
 
 ONES = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen"
-).split()
-TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen",
+    "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
+)  # fmt: skip
+TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
 
 
 def in_words(number: int) -> str:

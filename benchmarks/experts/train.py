@@ -48,8 +48,8 @@ class Recipe:
     experts: int = 32
     per_token: int = 4
     width: int = 64
-    balance: float = 0.003
-    steps: int = 2400
+    balance: float = 0.01
+    steps: int = 3600
     batch: int = 4
     rate: float = 3e-3
     warm_up: int = 100
@@ -57,7 +57,7 @@ class Recipe:
     seed: int = 0
     held_out_blocks: int = 128
     calibration_records: int = 256
-    every: int = 300
+    every: int = 600
 
 
 def texts_of(recipe: Recipe) -> tuple[dict[str, dict[str, list[str]]], dict]:
@@ -173,6 +173,20 @@ def specialisation(share: np.ndarray) -> dict:
     }
 
 
+def imbalance(router_logits: tuple[torch.Tensor, ...], per_token: int) -> torch.Tensor:
+    """Return the mean over layers of E sum_i (share of choices of i) (mean probability of i); 1 is an even load.
+
+    The load-balancing loss of Switch Transformers (arXiv 2101.03961, section 2.2), a layer at a time: the one that
+    transformers computes pools equal expert numbers of all layers, which lets half of a layer's experts die.
+    """
+    found = []
+    for logits in router_logits:
+        chosen = logits.topk(per_token, dim=-1).indices.flatten()
+        share = torch.bincount(chosen, minlength=logits.shape[-1]) / len(chosen)
+        found.append(logits.shape[-1] * (share * logits.softmax(-1).mean(0)).sum())
+    return torch.stack(found).mean()
+
+
 def fit(model, recipe: Recipe, train: dict[str, np.ndarray], save, say) -> None:
     """Train with AdamW, warm-up and a cosine to a tenth of the rate; call ``save`` at every checkpoint."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
@@ -196,16 +210,17 @@ def fit(model, recipe: Recipe, train: dict[str, np.ndarray], save, say) -> None:
         ids = torch.from_numpy(np.stack(rows).astype(np.int64))
         seen = model(input_ids=ids, output_router_logits=True)
         loss = functional.cross_entropy(seen.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        balance = imbalance(seen.router_logits, recipe.per_token)
         optimizer.zero_grad(set_to_none=True)
-        (loss + recipe.balance * seen.aux_loss).backward()
+        (loss + recipe.balance * balance).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        recent.append((loss.item(), seen.aux_loss.item()))
+        recent.append((loss.item(), balance.item()))
         if (step + 1) % 50 == 0 or step + 1 == recipe.steps:
-            mean, balance = np.mean(recent, axis=0)
+            mean, uneven = np.mean(recent, axis=0)
             seconds = time.perf_counter() - begun
-            history.append({"step": step + 1, "loss": float(mean), "balance": float(balance)})
-            say(f"step {step + 1}: loss {mean:.3f}, balance {balance:.2f}, {(step + 1) * ids.numel() / seconds:,.0f} tokens/s")  # fmt: skip
+            history.append({"step": step + 1, "loss": float(mean), "imbalance": float(uneven)})
+            say(f"step {step + 1}: loss {mean:.3f}, imbalance {uneven:.2f}, {(step + 1) * ids.numel() / seconds:,.0f} tokens/s")  # fmt: skip
             recent = []
         if (step + 1) % recipe.every == 0 or step + 1 == recipe.steps:
             save(step + 1, history, time.perf_counter() - begun)
@@ -231,7 +246,7 @@ def run(out: Path, recipe: Recipe, say=print) -> dict:
     say("tokens to train on: " + ", ".join(f"{name} {rows.size:,}" for name, rows in train.items()))
     model = build(recipe)
     out.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(out / "held_out.npz", **held_out)  # ty: ignore
+    np.savez_compressed(out / "held_out.npz", **held_out)
     (out / "calibration.jsonl").write_text(calibration_records(texts["calibration"], tokenizer, recipe))
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=END, pad_token=END, model_max_length=4 * recipe.context

@@ -116,6 +116,12 @@ class Architecture:
         spelling: older endings of norm tensors, tried as a further layout: (old ending, new ending).
         branch_norms: norms of a layer that serve nothing but its attention, and nothing but its FFN.
         post_norm: whether a layer's residual sum itself is normalised, so that no weights make it pass through.
+        count: the number of layers where no single key holds it; ``layer_keys`` are then what it follows from.
+        tie_keys: names of tie_word_embeddings; the first one present counts.
+        other_prefixes: further places of the base model, such as the library's own where the hub has another.
+        section: key of the part of config.json that describes the language model; empty where that is all of it.
+        beside: beginnings of the names of other parts (vision, projectors), which are not checked.
+        only_depth: why only whole layers of the family can be taken out, never heads or channels; empty where they can.
     """
 
     model_type: str
@@ -139,18 +145,41 @@ class Architecture:
         ("post_attention_layernorm",),
     )
     post_norm: bool = False
+    count: Callable[[Settings], int] | None = None
+    tie_keys: tuple[str, ...] = ("tie_word_embeddings",)
+    other_prefixes: tuple[str, ...] = ()
+    section: str = ""
+    beside: tuple[str, ...] = ()
+    only_depth: str = ""
 
     def settings(self, config: Config) -> Settings:
-        """Return the configuration with this family's defaults behind it."""
+        """Return the language model's configuration with this family's defaults behind it."""
+        if self.section:
+            config = self._text_config(config)
         return Settings(config, {**self.defaults, "tie_word_embeddings": self.default_tie})
+
+    def _text_config(self, config: Config) -> Config:
+        """Return the nested configuration; the class and, where it is said, the tie are those of the whole model."""
+        nested = config.get(self.section)
+        if not isinstance(nested, Mapping):
+            raise InputError(
+                "E340",
+                f"config.json has no {self.section}, which describes the language model",
+                where=Where(file="config.json"),
+            )
+        names = config.get("architectures")
+        whole = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
+        found = {**nested, "architectures": [whole.replace("ForConditionalGeneration", "ForCausalLM")]}
+        return found | {key: config[key] for key in self.tie_keys if key in config}
 
     def is_tied(self, config: Config) -> bool:
         """Say whether input and output embeddings are one tensor."""
-        return self.settings(config).flag("tie_word_embeddings")
+        return self.settings(config).flag(*self.tie_keys)
 
     def num_layers(self, config: Config) -> int:
         """Return the configured number of layers."""
-        count = self.settings(config).integer(*self.layer_keys)
+        settings = self.settings(config)
+        count = self.count(settings) if self.count is not None else settings.integer(*self.layer_keys)
         if count > MOST_LAYERS:
             raise InputError(
                 "E340",
@@ -170,7 +199,8 @@ class Architecture:
         all classes, because readers accept both.
         """
         bare = self.is_bare(config)
-        for prefix in ("", self.prefix) if bare else (self.prefix, ""):
+        usual = (self.prefix, *self.other_prefixes)
+        for prefix in ("", *usual) if bare else (*usual, ""):
             for number, storage in enumerate(self.storages):
                 tensors = self._tensors(config, prefix, number)
                 yield Layout(prefix, storage, tensors)

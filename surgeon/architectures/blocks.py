@@ -12,8 +12,8 @@ CAUSAL_TIES = (("{prefix}embed_tokens.weight", "lm_head.weight"),)
 PER_EXPERT_OR_FUSED = ("per expert", "fused")
 
 
-def decoder_sizes(settings: Settings) -> dict[str, Size]:
-    """Return the sizes of a decoder with grouped queries and a gated MLP.
+def decoder_sizes(settings: Settings, dense: bool = True) -> dict[str, Size]:
+    """Return the sizes of a decoder with grouped queries and, where it is ``dense``, a gated MLP.
 
     head_dim is hidden_size / num_attention_heads unless set; num_key_value_heads equals
     num_attention_heads unless set.
@@ -24,8 +24,7 @@ def decoder_sizes(settings: Settings) -> dict[str, Size]:
     key_value = Size(groups, ("num_key_value_heads",)) if groups else heads
     given = settings.optional_integer("head_dim")
     head = Size(given, ("head_dim",)) if given else quotient(hidden, heads)
-    ffn = settings.size("intermediate_size")
-    return {
+    sizes = {
         "vocab": settings.size("vocab_size"),
         "hidden": hidden,
         "heads": heads,
@@ -33,10 +32,12 @@ def decoder_sizes(settings: Settings) -> dict[str, Size]:
         "head_dim": head,
         "query": product(heads, head),
         "key_value": product(key_value, head),
-        "ffn": ffn,
-        "gate_up": twice(ffn),
         "one": Size(1, ()),
-    } | labels(settings)
+    }
+    if dense:
+        ffn = settings.size("intermediate_size")
+        sizes |= {"ffn": ffn, "gate_up": twice(ffn)}
+    return sizes | labels(settings)
 
 
 def expert_sizes(settings: Settings, count: tuple[str, ...], width: str) -> dict[str, Size]:

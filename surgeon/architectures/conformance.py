@@ -42,7 +42,7 @@ class Finding:
 
     Attributes:
         kind: missing-tensor, unexpected-tensor, wrong-shape, missing-layer, uneven-layers,
-            config-contradiction, config-invalid, unknown-architecture or packed-tensors.
+            config-contradiction, config-invalid, unknown-architecture, unchecked-tensors or packed-tensors.
         message: one sentence that names the tensor or the configuration key.
         severity: "error" makes the checkpoint unusable as described, "warning" is a tensor
             nothing reads, "notice" says what could not be checked.
@@ -119,7 +119,7 @@ def _check_known(
 
     modules = {name.rpartition(".")[0] for name in wanted if "." in name}
     for name in sorted(tensors):
-        if name in wanted or (packed and _belongs(name, wanted)):
+        if name in wanted or name.startswith(architecture.beside) or (packed and _belongs(name, wanted)):
             continue
         place = naming.layer_of(name)
         inside = place is not None and place.stack == layers.stack
@@ -132,6 +132,14 @@ def _check_known(
             severity="error" if grave else "warning",
             tensor=name,
             found=tensors[name][1],
+        )
+    other = sum(name.startswith(architecture.beside) for name in tensors)
+    if other:
+        yield Finding(
+            "unchecked-tensors",
+            f"{other} tensors of {', '.join(part.rstrip('.') for part in architecture.beside)} were not compared with config.json",
+            severity="notice",
+            found=other,
         )
     if packed:
         unchecked = sum(

@@ -4,44 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from surgeon.architectures.base import Architecture, Part, Tensor
-from surgeon.architectures.blocks import (
-    CAUSAL_TIES,
-    PER_EXPERT_OR_FUSED,
-    causal_head,
-    decoder_outer,
-    grouped,
-    linear,
-    norm,
-)
+from surgeon.architectures.base import Architecture, Part
+from surgeon.architectures.blocks import CAUSAL_TIES, PER_EXPERT_OR_FUSED, causal_head, decoder_outer
 from surgeon.architectures.latent_attention import EXPERTS, latent_layer, latent_sizes
+from surgeon.architectures.prediction import predicting, prediction_layers
 from surgeon.architectures.rules import aliases_agree, expert_groups_fit, top_k_fits
 from surgeon.architectures.settings import Settings
 
-PREDICTION_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers")
-"""Layers after the last one, on disk but not read by every library: present completely or not at all."""
-
-
-def _prediction_layers(settings: Settings) -> int:
-    return settings.optional_integer(*PREDICTION_LAYERS, minimum=0) or 0
-
 
 def _layer(settings: Settings, index: int) -> Iterator[Part]:
-    block = latent_layer(settings, index, correction_bias=True)
-    if index < settings.integer("num_hidden_layers"):
-        yield from block
-        return
-    yield from grouped(block, "prediction")
-    yield from grouped(_prediction(), "prediction")
-
-
-def _prediction() -> Iterator[Tensor]:
-    yield from norm("enorm")
-    yield from norm("hnorm")
-    yield from linear("eh_proj", "hidden", "two_hidden", "prediction")
-    yield from norm("shared_head.norm")
-    yield Tensor("embed_tokens.weight", ("vocab", "hidden"), "embedding", optional=True)
-    yield Tensor("shared_head.head.weight", ("vocab", "hidden"), "head", optional=True)
+    return predicting(settings, index, latent_layer(settings, index, correction_bias=True))
 
 
 ARCHITECTURE = Architecture(
@@ -71,6 +43,6 @@ ARCHITECTURE = Architecture(
         "moe_intermediate_size": 2048,
         "num_nextn_predict_layers": 1,
     },
-    extra_layers=_prediction_layers,
+    extra_layers=prediction_layers,
     rules=(top_k_fits(*EXPERTS), aliases_agree(*EXPERTS), expert_groups_fit),
 )

@@ -19,7 +19,8 @@ from surgeon.architectures.rules import heads_divide_hidden, key_values_divide_h
 from surgeon.architectures.settings import Settings, Size
 
 
-def _sizes(settings: Settings) -> dict[str, Size]:
+def sizes(settings: Settings) -> dict[str, Size]:
+    """Return the sizes of a Granite decoder with routed experts."""
     return decoder_sizes(settings) | expert_sizes(settings, ("num_local_experts",), "intermediate_size")
 
 
@@ -30,12 +31,10 @@ def _stacked(path: str, gate_up: str, down: str) -> tuple[Tensor, ...]:
     )
 
 
-def _layer(settings: Settings, index: int) -> Iterator[Part]:
-    yield from norm("input_layernorm")
-    yield from attention(bias=settings.flag("attention_bias"))
-    yield from norm("post_attention_layernorm")
+def stacked_experts() -> Alternatives:
+    """Return experts and router, as published and as the library names them in memory."""
     moe = "block_sparse_moe"
-    yield Alternatives(
+    return Alternatives(
         (
             (
                 *_stacked(moe, "input_linear.weight", "output_linear.weight"),
@@ -49,13 +48,21 @@ def _layer(settings: Settings, index: int) -> Iterator[Part]:
     )
 
 
+def layer(settings: Settings, index: int) -> Iterator[Part]:
+    """Yield one decoder layer."""
+    yield from norm("input_layernorm")
+    yield from attention(bias=settings.flag("attention_bias"))
+    yield from norm("post_attention_layernorm")
+    yield stacked_experts()
+
+
 ARCHITECTURE = Architecture(
     model_type="granitemoe",
     prefix="model.",
     stack="layers",
-    sizes=_sizes,
+    sizes=sizes,
     outer=decoder_outer,
-    layer=_layer,
+    layer=layer,
     head=causal_head,
     ties=CAUSAL_TIES,
     default_tie=False,

@@ -40,7 +40,17 @@ INDEX_LISTS = frozenset(
 )
 """Keys that hold a list of 0-based layer numbers."""
 
-NOT_PER_LAYER = frozenset({"architectures", "pruned_heads", "dilations", "suppress_tokens", "torch_dtype"})
+NOT_PER_LAYER = frozenset(
+    {
+        "architectures",
+        "pruned_heads",
+        "dilations",
+        "suppress_tokens",
+        "torch_dtype",
+        "mtp_layers_block_type",
+        "time_step_limit",
+    }
+)
 """Keys whose lists are about something else, whatever their length."""
 
 PER_LAYER_STRINGS = frozenset({"hybrid_override_pattern"})
@@ -49,10 +59,22 @@ PER_LAYER_STRINGS = frozenset({"hybrid_override_pattern"})
 SLIDING_PERIOD = {"gemma2": 2, "gpt_oss": 2, "gemma3_text": 6, "cohere2": 4}
 """Families whose layer i is full attention iff (i + 1) % period == 0 when no list says so."""
 
+COUNTING_LISTS = ("layers_block_type", "hybrid_override_pattern")
+"""Lists with one entry a layer (or one character) that count the layers where no number does."""
+
+IMPLIED_TYPES: dict[str, Callable[[Config, int], str]] = {
+    "qwen3_next": lambda config, layer: _linear_but(_every(layer, _interval(config))),
+    "qwen3_5_moe_text": lambda config, layer: _linear_but(_every(layer, _interval(config))),
+    "minimax": lambda config, layer: _linear_but(layer % 2 == 0),
+    "kimi_linear": lambda config, layer: _linear_but(layer > 0 and layer % 4 == 0),
+    "granitemoehybrid": lambda config, layer: _linear_but(False),
+}
+"""The kind of layer i that hybrid families assume when no list says so."""
+
 WINDOW_DEFAULT = 28
 """What the families below assume when max_window_layers is absent."""
 
-REFUSED = ("attention_types", "linear_attn_config", "kv_source_layers", "layer_rope_theta")
+REFUSED = ("attention_types", "kv_source_layers", "layer_rope_theta")
 """Keys that describe layers in a way that is not rebuilt here."""
 
 KNOWN_RULES = frozenset(
@@ -71,6 +93,7 @@ KNOWN_RULES = frozenset(
         "moe_layer_freq",
         "moe_layer_interval",
         "moe_layer_start_index",
+        "mtp_layers_block_type",
         "no_rope_layer_interval",
         "num_dense_layers",
         "num_kv_shared_layers",
@@ -103,11 +126,13 @@ SUSPICIOUS_WORDS = frozenset(
 
 def num_layers(config: Config) -> int | None:
     """Return the number of language-model layers, or None when the configuration has none."""
-    for _, section in _sections(config):
-        for key in COUNT_KEYS:
-            if _is_count(section.get(key)):
-                return section[key]
-    return None
+    return next((count for _, section in _sections(config) if (count := _count(section)) is not None), None)
+
+
+def implied_layer_type(config: Config, layer: int) -> str:
+    """Return the kind of a layer that the family assumes without a list of kinds; full attention mostly."""
+    rule = IMPLIED_TYPES.get(str(config.get("model_type")))
+    return "full_attention" if rule is None else rule(config, layer)
 
 
 def per_layer_lists(config: Config) -> list[Path]:
@@ -129,7 +154,8 @@ def relayer_config(config: Config, source_layers: Sequence[int]) -> dict[str, An
 
     Raises:
         UsageError: no layer is chosen, or one does not exist.
-        InputError: a key describes layers in a way that the new choice cannot be expressed in.
+        InputError: E341 a key describes layers in a way that the new choice cannot be expressed in, E405 a model
+            of several kinds of layers would lose all its attention.
     """
     result = copy.deepcopy(dict(config))
     sections = [section for _, section in _sections(result) if _count(section) is not None]
@@ -146,8 +172,16 @@ def relayer_config(config: Config, source_layers: Sequence[int]) -> dict[str, An
             "is_encoder_decoder is true, and the layers of two stacks cannot be chosen by one list",
             where=Where(file="config.json"),
         )
-    for section in sections:
+    attended = [_attends(section) for section in sections]
+    for section, before in zip(sections, attended, strict=True):
         _relayer_section(section, list(source_layers))
+        if before and not _attends(section):
+            raise InputError(
+                "E405",
+                "no layer of attention would be left, only layers that pass on a state of fixed size",
+                where=Where(file="config.json"),
+                help="keep one: the library counts the tokens of a text by a layer of attention, and fails without",
+            )
     return result
 
 
@@ -175,6 +209,15 @@ def _every(layer: int, period: int) -> bool:
 
 def _every_from_zero(layer: int, period: int) -> bool:
     return layer % period == 0
+
+
+def _interval(config: Config) -> int:
+    value = config.get("full_attention_interval")
+    return value if isinstance(value, int) and _is_count(value) else 4
+
+
+def _linear_but(full: bool) -> str:
+    return "full_attention" if full else "linear_attention"
 
 
 def _from_limit(layer: int, limit: int) -> bool:
@@ -242,8 +285,9 @@ class _Relayering:
 
     def attention(self) -> None:
         """Rebuild the rules that say which layers use which attention."""
-        types = self.has_list("layer_types")
+        types = self.has_list("layer_types") or self._implied_types()
         self._window()
+        self._linear_attention()
         for key, holds in (
             ("sliding_window_pattern", _every),
             ("full_attention_interval", _every),
@@ -253,7 +297,7 @@ class _Relayering:
                 continue
             if not types and not self._write_layer_types(self.old[key]):
                 raise self.refuse(key)
-            del self.section[key]  # the explicit list says it all, a stale rule would contradict it
+            self.section.pop(key, None)  # the explicit list says it all, a stale rule would contradict it
         period = SLIDING_PERIOD.get(self.family)
         if period and not types and "sliding_window_pattern" not in self.old:
             moved = any(_every(new, period) != _every(layer, period) for new, layer in enumerate(self.source))
@@ -274,6 +318,32 @@ class _Relayering:
             ("expert_layer_period", "expert_layer_offset"),
         ):
             self._periodic(period_key, offset_key)
+
+    def _implied_types(self) -> bool:
+        """Write a list of kinds where the family implied them by a rule that the new numbers would break."""
+        if self.family not in IMPLIED_TYPES or self.old.get("linear_attn_config") is not None:
+            return False
+        kinds = [implied_layer_type(self.old, layer) for layer in self.source]
+        if kinds == [implied_layer_type(self.old, new) for new in range(len(kinds))]:
+            return False
+        self.section["layer_types"] = kinds
+        return True
+
+    def _linear_attention(self) -> None:
+        """Kimi lists the layers of each kind of attention, counted from one."""
+        key = "linear_attn_config"
+        nested = self.old.get(key)
+        if nested is None:
+            return
+        names = ("kda_layers", "full_attn_layers")
+        listed = [nested.get(name) for name in names] if isinstance(nested, dict) else []
+        lists = [one for one in listed if isinstance(one, list) and all(type(n) is int for n in one)]
+        if len(lists) != len(names) or sorted(number for one in lists for number in one) != list(
+            range(1, self.count + 1)
+        ):
+            raise self.refuse(key)
+        for name, layers in zip(names, lists, strict=True):
+            self.section[key][name] = [new + 1 for new, old in enumerate(self.source) if old + 1 in layers]
 
     def _window(self) -> None:
         """Sliding attention may begin at a layer number; where that no longer fits, a list says it."""
@@ -434,7 +504,31 @@ def _count(section: Config) -> int | None:
     for key in COUNT_KEYS:
         if _is_count(section.get(key)):
             return section[key]
+    for key in COUNTING_LISTS:
+        value = section.get(key)
+        if isinstance(value, (list, str)) and _is_count(len(value)):
+            return len(value)
     return None
+
+
+NO_ATTENTION = frozenset({"linear_attention", "mamba", "conv", "moe", "mlp", "M", "E", "-"})
+"""Kinds of layers, and letters of patterns, that are no attention over all earlier tokens."""
+
+
+def _attends(section: Config) -> bool:
+    """Say whether some layer attends to all earlier tokens; True where all layers are of one kind."""
+    count = _count(section) or 0
+    for key in ("layer_types", *COUNTING_LISTS):
+        kinds = section.get(key)
+        if isinstance(kinds, (list, str)) and len(kinds) == count:
+            return not all(isinstance(kind, str) and kind in NO_ATTENTION for kind in kinds)
+    nested = section.get("linear_attn_config")
+    if isinstance(nested, dict) and isinstance(nested.get("full_attn_layers"), list):
+        return bool(nested["full_attn_layers"])
+    period, offset = section.get("attn_layer_period"), section.get("attn_layer_offset")
+    if isinstance(period, int) and _is_count(period) and isinstance(offset, int):
+        return any(layer % period == offset for layer in range(count))
+    return any(implied_layer_type(section, layer) == "full_attention" for layer in range(count))
 
 
 def _is_count(value: Any) -> bool:

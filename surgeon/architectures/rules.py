@@ -31,15 +31,22 @@ def key_values_divide_heads(settings: Settings) -> str | None:
     return f"num_attention_heads = {heads} is not a multiple of num_key_value_heads = {groups}"
 
 
-def top_k_fits(*experts: str) -> Rule:
-    """A router cannot choose more experts than there are; the model loads and fails at its first step."""
+def top_k_fits(*experts: str, chosen_by: tuple[str, ...] = ("num_experts_per_tok",)) -> Rule:
+    """A router cannot choose more experts than there are; the model loads and fails at its first step.
+
+    Args:
+        experts: names of the number of experts.
+        chosen_by: names of the number that a router chooses, which may be a list with one entry a layer.
+    """
 
     def rule(settings: Settings) -> str | None:
-        count = settings.optional_integer(*experts)
-        chosen = settings.optional_integer("num_experts_per_tok")
-        if count is None or chosen is None or chosen <= count:
+        count = settings.optional_integer(*experts, minimum=0)
+        key = settings.named(*chosen_by)
+        listed = settings.integers(key) if isinstance(settings.get(key), list) else ()
+        chosen = max(listed, default=None) if listed else settings.optional_integer(*chosen_by)
+        if not count or chosen is None or chosen <= count:
             return None
-        return f"num_experts_per_tok = {chosen} is larger than {settings.named(*experts)} = {count}"
+        return f"{key} = {chosen} is larger than {settings.named(*experts)} = {count}"
 
     return rule
 
@@ -56,23 +63,35 @@ def aliases_agree(*keys: str) -> Rule:
     return rule
 
 
-def expert_groups_fit(settings: Settings) -> str | None:
+def expert_groups(
+    experts: tuple[str, ...] = ("n_routed_experts",),
+    groups: tuple[str, ...] = ("n_group",),
+    chosen_by: tuple[str, ...] = ("num_experts_per_tok",),
+) -> Rule:
     """Group-limited routing needs equal groups, and enough experts in the groups it keeps."""
-    experts = settings.optional_integer("n_routed_experts")
-    groups = settings.optional_integer("n_group")
-    if experts is None or groups is None:
+
+    def rule(settings: Settings) -> str | None:
+        count, parts = settings.optional_integer(*experts), settings.optional_integer(*groups)
+        if count is None or parts is None:
+            return None
+        whole, part = settings.named(*experts), settings.named(*groups)
+        if count % parts:
+            return f"{whole} = {count} is not a multiple of {part} = {parts}"
+        kept = settings.optional_integer("topk_group")
+        if kept is None:
+            return None
+        if kept > parts:
+            return f"topk_group = {kept} is larger than {part} = {parts}"
+        chosen = settings.optional_integer(*chosen_by)
+        if chosen is not None and kept * (count // parts) < chosen:
+            return f"{settings.named(*chosen_by)} = {chosen} is larger than the {kept * (count // parts)} experts in topk_group = {kept} groups"
         return None
-    if experts % groups:
-        return f"n_routed_experts = {experts} is not a multiple of n_group = {groups}"
-    kept = settings.optional_integer("topk_group")
-    if kept is None:
-        return None
-    if kept > groups:
-        return f"topk_group = {kept} is larger than n_group = {groups}"
-    chosen = settings.optional_integer("num_experts_per_tok")
-    if chosen is not None and kept * (experts // groups) < chosen:
-        return f"num_experts_per_tok = {chosen} is larger than the {kept * (experts // groups)} experts in topk_group = {kept} groups"
-    return None
+
+    return rule
+
+
+expert_groups_fit = expert_groups()
+"""The rule in DeepSeek's names."""
 
 
 def layer_lists_fit(settings: Settings) -> str | None:

@@ -59,6 +59,18 @@ class GradientReceiver(Protocol):
         ...
 
 
+def check_loss(skeleton: Skeleton) -> None:
+    """Raise E380 for a model without a language-model loss."""
+    if (
+        not skeleton.causal
+        or "weight" not in skeleton.head_pieces()
+        or skeleton.model.config.model_type == "bert"
+    ):
+        raise InputError("E380", f"{skeleton.checkpoint.label} has no language-model head, so it has no loss to differentiate",
+                         where=Where(skeleton.checkpoint.label),
+                         help="gradients need a decoder such as LlamaForCausalLM")  # fmt: skip
+
+
 class Pass:
     """One forward and backward pass over groups of samples."""
 
@@ -77,11 +89,8 @@ class Pass:
         self.progress = progress
         self.stop = stop
         self.hidden = hidden
+        check_loss(skeleton)
         pieces = skeleton.head_pieces()
-        if not skeleton.causal or "weight" not in pieces or skeleton.model.config.model_type == "bert":
-            raise InputError("E380", f"{skeleton.checkpoint.label} has no language-model head, so it has no loss to differentiate",
-                             where=Where(skeleton.checkpoint.label),
-                             help="gradients need a decoder such as LlamaForCausalLM")  # fmt: skip
         self.head = Head(skeleton.checkpoint, skeleton.settings, skeleton=skeleton)
         self.rule = LogitRule.of(skeleton.model.config)
         self.head_names = {part: listed[0].tensor for part, listed in pieces.items()}

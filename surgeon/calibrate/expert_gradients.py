@@ -4,6 +4,9 @@ Autograd on a stacked parameter [experts, ...] makes a gradient of the whole sta
 it indexes. Here the experts of a module are one differentiable function instead: its backward pass
 recomputes each expert from its routed tokens and hands over that expert's gradients at once. Weights
 come from the loaded stack, or straight from the checkpoint when a layer's experts are too many.
+
+What is handed over is either the gradients of the weights, or, with frozen weights, the gated
+activations and their gradients.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgeon.calibrate.experts import one_expert, routed, stacked_parameters
+from surgeon.calibrate.experts import routed, stacked_parameters, weighted_expert
 from surgeon.calibrate.pieces import Piece
 from surgeon.calibrate.skeleton import Skeleton
 
@@ -24,6 +27,9 @@ Slices = Callable[[int], dict[str, Tensor]]
 
 Receive = Callable[[Piece, Tensor, Tensor], None]
 """(piece, weight, gradient)."""
+
+ReceiveGated = Callable[[int, Tensor, Tensor, Tensor, Tensor], None]
+"""(expert, token rows [T], gated activations [T, I], their gradients [T, I], down projection [hidden, I])."""
 
 
 class _Experts(torch.autograd.Function):
@@ -36,8 +42,10 @@ class _Experts(torch.autograd.Function):
         total = torch.zeros_like(hidden)
         for expert, rows, slots in routed(index, module.num_experts):
             slices = run.slices(expert)
-            out = one_expert(module, expert, rows, hidden[rows], lambda e, name, s=slices: s[name])
-            total.index_add_(0, rows, (out * weights[rows, slots, None]).to(total.dtype))
+            out = weighted_expert(
+                module, expert, rows, hidden[rows], weights[rows, slots], lambda e, name, s=slices: s[name]
+            )
+            total.index_add_(0, rows, out.to(total.dtype))
         return total
 
     @staticmethod
@@ -46,18 +54,11 @@ class _Experts(torch.autograd.Function):
         hidden, weights, index = ctx.saved_tensors
         to_hidden, to_weights = torch.zeros_like(hidden), torch.zeros_like(weights)
         for expert, rows, slots in routed(index, ctx.module.num_experts):
-            slices = {name: value.detach().requires_grad_() for name, value in ctx.run.slices(expert).items()}
-            inputs = hidden[rows].detach().requires_grad_()
-            scales = weights[rows, slots].detach().requires_grad_()
-            with torch.enable_grad():
-                out = one_expert(ctx.module, expert, rows, inputs, lambda e, name, s=slices: s[name])
-                out = (out * scales[:, None]).to(given.dtype)
-            found = torch.autograd.grad(out, [inputs, scales, *slices.values()], given[rows])
-            to_hidden.index_add_(0, rows, found[0])
-            to_weights[rows, slots] = found[1]
-            ctx.run.deliver(
-                expert, dict(zip(slices, zip(slices.values(), found[2:], strict=True), strict=True))
+            to_inputs, to_scales = ctx.run.reverse(
+                ctx.module, expert, rows, hidden[rows], weights[rows, slots], given[rows]
             )
+            to_hidden.index_add_(0, rows, to_inputs)
+            to_weights[rows, slots] = to_scales
         return to_hidden, to_weights, None, None, None
 
 
@@ -73,11 +74,72 @@ class _Run:
                 assert piece.expert is not None  # stacked parameters are always split by expert
                 self._pieces.setdefault((name, piece.expert), []).append(piece)
 
-    def deliver(self, expert: int, found: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        for name, (weight, gradient) in found.items():
+    def reverse(
+        self, module: Any, expert: int, rows: Tensor, hidden: Tensor, weights: Tensor, given: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Deliver one expert's gradients; return those of its inputs and of its routing weights."""
+        slices = {name: value.detach().requires_grad_() for name, value in self.slices(expert).items()}
+        inputs, scales = hidden.detach().requires_grad_(), weights.detach().requires_grad_()
+        with torch.enable_grad():
+            out = weighted_expert(module, expert, rows, inputs, scales, lambda e, name: slices[name])
+            out = out.to(given.dtype)
+        found = torch.autograd.grad(out, [inputs, scales, *slices.values()], given)
+        for (name, weight), gradient in zip(slices.items(), found[2:], strict=True):
             for piece in self._pieces[name, expert]:
                 inside = piece.index[1:]
                 self._receive(piece, weight.detach()[inside], gradient[inside])
+        return found[0], found[1]
+
+
+class _GatedRun:
+    """Where one module's expert slices come from and where its gated activations go."""
+
+    def __init__(self, slices: Slices, receive: ReceiveGated) -> None:
+        self.slices = slices
+        self._receive = receive
+
+    def reverse(
+        self, module: Any, expert: int, rows: Tensor, hidden: Tensor, weights: Tensor, given: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return reverse_gated(module, expert, rows, hidden, weights, given, self.slices(expert), self._receive)
+
+
+def reverse_gated(
+    module: Any, expert: int, rows: Tensor, hidden: Tensor, weights: Tensor, given: Tensor,
+    slices: Mapping[str, Tensor], receive: ReceiveGated,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Recompute one expert with frozen weights, hand over its gated activations and go back through it.
+
+    Args:
+        module: the expert module.
+        expert, rows: its number, and the rows [T] of the tokens routed to it.
+        hidden, weights: what it is given [T, hidden], and the routing weights [T].
+        given: gradient of the sum of experts at those tokens [T, hidden].
+        slices: its weights, by parameter name.
+        receive: gets the activations before the down projection, and their gradients, which contain the
+            routing weight.
+
+    Returns:
+        Gradients of ``hidden`` and ``weights``.
+    """
+    inputs, scales = hidden.detach().requires_grad_(), weights.detach().requires_grad_()
+    gated: list[Tensor] = []
+
+    def watch(number: int, name: str, where: Tensor, entering: Tensor, out: Tensor) -> None:
+        if name == "down_proj":
+            gated.append(entering)
+
+    module.surgeon_watch = watch
+    try:
+        with torch.enable_grad():
+            out = weighted_expert(module, expert, rows, inputs, scales, lambda e, name: slices[name])
+            out = out.to(given.dtype)
+    finally:
+        del module.surgeon_watch
+    to_inputs, to_scales, to_gated = torch.autograd.grad(out, [inputs, scales, gated[0]], given)
+    down = slices["down_proj"]
+    receive(expert, rows, gated[0].detach(), to_gated, down.T if module.is_transposed else down)
+    return to_inputs, to_scales
 
 
 @contextmanager
@@ -93,12 +155,35 @@ def delivering_experts(skeleton: Skeleton, layer: int, module: nn.Module, receiv
     if found is None:
         yield
         return
-    stacked = {name.rpartition(".")[2]: value for name, value in stacked_parameters(module)}
+    stacked = dict(stacked_parameters(module))
     pieces = {
-        name.rpartition(".")[2]: listed
-        for name, listed in skeleton.pieces(layer).items()
-        if name in dict(stacked_parameters(module))
+        name.rpartition(".")[2]: listed for name, listed in skeleton.pieces(layer).items() if name in stacked
     }
+    with _running(found, _Run(_slices(skeleton, layer, module), pieces, receive)):
+        yield
+
+
+@contextmanager
+def delivering_gated(
+    skeleton: Skeleton, layer: int, module: nn.Module, receive: ReceiveGated
+) -> Iterator[None]:
+    """Make the experts of a layer hand over gated activations and their gradients during a backward pass.
+
+    Args:
+        skeleton, layer, module: as for `delivering_experts`.
+        receive: called once per backward pass for every expert that got tokens.
+    """
+    found: Any = skeleton.expert_module(layer)
+    if found is None:
+        yield
+        return
+    with _running(found, _GatedRun(_slices(skeleton, layer, module), receive)):
+        yield
+
+
+def _slices(skeleton: Skeleton, layer: int, module: nn.Module) -> Slices:
+    """Return what gives an expert's weights: the loaded stack, or the checkpoint where it is not loaded."""
+    stacked = {name.rpartition(".")[2]: value for name, value in stacked_parameters(module)}
 
     def loaded(expert: int) -> dict[str, Tensor]:
         return {name: value.detach()[expert] for name, value in stacked.items()}
@@ -106,10 +191,15 @@ def delivering_experts(skeleton: Skeleton, layer: int, module: nn.Module, receiv
     def read(expert: int) -> dict[str, Tensor]:
         return skeleton.read_expert(layer, expert)
 
-    held = not any(value.is_meta for value in stacked.values())
-    run = _Run(loaded if held else read, pieces, receive)
-    found.surgeon_deferred = lambda hidden, index, weights: _Experts.apply(hidden, weights, index, found, run)
+    return read if any(value.is_meta for value in stacked.values()) else loaded
+
+
+@contextmanager
+def _running(module: Any, run: _Run | _GatedRun) -> Iterator[None]:
+    module.surgeon_deferred = lambda hidden, index, weights: _Experts.apply(
+        hidden, weights, index, module, run
+    )
     try:
         yield
     finally:
-        del found.surgeon_deferred
+        del module.surgeon_deferred

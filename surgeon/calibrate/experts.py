@@ -8,7 +8,7 @@ checkpoint, and can show every expert's own inputs and outputs to an observer.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +26,23 @@ Watch = Callable[[int, str, Tensor, Tensor, Tensor], None]
 """(expert, "gate_up" or "down", token rows, inputs, outputs)."""
 
 
+class RoutingWatch(Protocol):
+    """What an expert module reports to when somebody looks at routing (attribute ``surgeon_routing``)."""
+
+    def output(self, expert: int, rows: Tensor, slots: Tensor, out: Tensor, top_k_index: Tensor) -> None:
+        """Look at one expert's outputs [rows, hidden], before their weights."""
+        ...
+
+    def chosen(self, top_k_index: Tensor, top_k_weights: Tensor, total: Tensor) -> None:
+        """Look at choices and weights [tokens, k] and the weighted sum [tokens, hidden], after all outputs."""
+        ...
+
+
 def install(model: Any) -> None:
     """Make a model's expert modules run through this module; models without experts stay as they are."""
-    if not any(is_experts(module) for module in model.modules()):
-        return
+    found = [module for module in model.modules() if is_experts(module)]
+    if all(getattr(module, "surgeon_gates_input", False) for module in found):
+        return  # none, or blocks that run them by themselves (see `input_gated`)
     if NAME not in ALL_EXPERTS_FUNCTIONS:
         ALL_EXPERTS_FUNCTIONS.register(NAME, run_experts)
     model.set_experts_implementation(NAME)
@@ -56,12 +69,20 @@ def run_experts(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights:
         The weighted sum of the experts' outputs [tokens, hidden].
     """
     deferred = getattr(module, "surgeon_deferred", None)
+    routing: RoutingWatch | None = getattr(module, "surgeon_routing", None)
     if deferred is not None:
-        return deferred(hidden, top_k_index, top_k_weights)
-    total = torch.zeros_like(hidden)
-    for expert, rows, slots in routed(top_k_index, module.num_experts):
-        out = one_expert(module, expert, rows, hidden[rows], lambda e, name: getattr(module, name)[e])
-        total.index_add_(0, rows, (out * top_k_weights[rows, slots, None]).to(total.dtype))
+        total = deferred(hidden, top_k_index, top_k_weights)
+    else:
+        total = torch.zeros_like(hidden)
+        for expert, rows, slots in routed(top_k_index, module.num_experts):
+            scales = top_k_weights[rows, slots]
+            inputs = entering(module, hidden[rows], scales)
+            out = one_expert(module, expert, rows, inputs, lambda e, name: getattr(module, name)[e])
+            if routing is not None:
+                routing.output(expert, rows, slots, out, top_k_index)
+            total.index_add_(0, rows, leaving(module, out, scales).to(total.dtype))
+    if routing is not None:
+        routing.chosen(top_k_index, top_k_weights, total)
     return total
 
 
@@ -77,6 +98,25 @@ def routed(top_k_index: Tensor, experts: int) -> Iterator[tuple[int, Tensor, Ten
             chosen = order[start : start + count]
             yield expert, chosen // k, chosen % k
         start += count
+
+
+def entering(module: Any, inputs: Tensor, scales: Tensor) -> Tensor:
+    """Return what enters an expert [tokens, hidden]; some families put the routing weight [tokens] there."""
+    return inputs * scales[:, None] if getattr(module, "surgeon_gates_input", False) else inputs
+
+
+def leaving(module: Any, outputs: Tensor, scales: Tensor) -> Tensor:
+    """Return what an expert adds to the sum [tokens, hidden]: its outputs under their routing weights [tokens]."""
+    return outputs if getattr(module, "surgeon_gates_input", False) else outputs * scales[:, None]
+
+
+def weighted_expert(
+    module: Any, expert: int, rows: Tensor, inputs: Tensor, scales: Tensor, weights: Weights
+) -> Tensor:
+    """Return what one expert adds to the sum [tokens, hidden] for its tokens' states."""
+    return leaving(
+        module, one_expert(module, expert, rows, entering(module, inputs, scales), weights), scales
+    )
 
 
 def one_expert(module: Any, expert: int, rows: Tensor, inputs: Tensor, weights: Weights) -> Tensor:

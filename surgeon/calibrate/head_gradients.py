@@ -68,11 +68,16 @@ Deliver = Callable[[Answer, str, Tensor, Tensor, slice], None]
 
 
 def loss_and_gradients(
-    head: Head, rule: LogitRule, answers: Sequence[Answer], deliver: Deliver
+    head: Head, rule: LogitRule, answers: Sequence[Answer], deliver: Deliver | None
 ) -> tuple[list[float], list[Tensor]]:
     """Return each sample's loss and its gradient towards the hidden states [n, H].
 
-    The gradients of weight and bias go to ``deliver``, block by block, sample by sample.
+    Args:
+        head, rule: the output head, and what the family does to logits.
+        answers: the samples.
+        deliver: gets the gradients of weight and bias, block by block, sample by sample. None says that
+            the weights are frozen: the loss is then the sum over tokens instead of the mean, and its
+            gradient float32, so that nothing of it is lost before it is scaled.
 
     Raises:
         InputError: E383 a target is outside the vocabulary.
@@ -92,14 +97,32 @@ def loss_and_gradients(
             gradient = torch.exp(z - normalisers[at][:, None])
             place = ((answer.targets >= start) & (answer.targets < stop)).nonzero().reshape(-1)
             gradient[place, answer.targets[place] - start] -= 1.0
+            if deliver is None:
+                towards[at] += _frozen(rule.pull_back(z, gradient), weight)
+                continue
             gradient /= len(answer.targets)
             raw = rule.pull_back(z, gradient).to(answer.hidden.dtype)
             towards[at] += raw @ weight
             deliver(answer, "weight", weight, raw.T @ answer.hidden, rows)
             if bias is not None:
                 deliver(answer, "bias", bias, raw.sum(0), rows)
-    losses = [float((n.double() - c.double()).mean()) for n, c in zip(normalisers, chosen, strict=True)]
-    return losses, [t.to(a.hidden.dtype) for t, a in zip(towards, answers, strict=True)]
+    losses = [(n.double() - c.double()) for n, c in zip(normalisers, chosen, strict=True)]
+    if deliver is None:
+        return [float(loss.sum()) for loss in losses], towards
+    return [float(loss.mean()) for loss in losses], [
+        t.to(a.hidden.dtype) for t, a in zip(towards, answers, strict=True)
+    ]
+
+
+SCALE = 2.0**10
+"""Loss scale of the frozen product in 16 bits: probabilities down to 1e-10 count, and those near 1 stay far from overflow."""
+
+
+def _frozen(gradient: Tensor, weight: Tensor) -> Tensor:
+    """Return dL/dx W [n, H] in float32 from dL/dx [n, rows] in float32."""
+    if weight.element_size() > 2:
+        return gradient.to(weight.dtype) @ weight
+    return ((gradient * SCALE).to(weight.dtype) @ weight).float() / SCALE
 
 
 def _normalisers(head: Head, answers: Sequence[Answer], step: int) -> tuple[list[Tensor], list[Tensor]]:

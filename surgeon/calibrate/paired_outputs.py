@@ -84,7 +84,7 @@ def places_of(skeleton: Skeleton) -> Places:
     record = architectures.get(config.get("model_type"))
     assert record is not None  # a skeleton has refused others
     kinds = {name: spec.kind for name, spec in record.layout(config, checkpoint.tensors).tensors.items()}
-    inside = "" if skeleton.base is skeleton.model else f"{skeleton.model.base_model_prefix}."
+    inside = skeleton.base_prefix
     norms = [
         piece.module for path, listed in skeleton.outer_pieces().items() if path.startswith(inside) for piece in listed
         if kinds.get(piece.tensor, "") == "norm" and "embed" not in piece.name

@@ -89,6 +89,7 @@ def resolve(model: Any, checkpoint: Checkpoint) -> dict[str, list[Piece]]:
     converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
     found: dict[str, list[Piece]] = {}
     stacked: dict[str, dict[int, dict[int, str]]] = {}  # parameter -> source -> expert -> tensor
+    joined: dict[str, dict[int, str]] = {}  # parameter -> source -> tensor
     for name in sorted(checkpoint.tensors):
         target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, wanted)
         if target not in wanted:
@@ -96,12 +97,18 @@ def resolve(model: Any, checkpoint: Checkpoint) -> dict[str, list[Piece]]:
         if pattern is None:
             found[target] = [Piece(name, name)]
             continue
-        order = _order(converters, pattern)
+        order = _order(converters, pattern, [(Concatenate, 0)])
+        if order is not None:
+            joined.setdefault(target, {})[order] = name
+            continue
+        order = _order(converters, pattern, *STACKING)
         expert = _expert_number(name)
         if order is None or expert is None:
             raise InputError("E382", f"the library converts {printable(name)} in a way that is not known here",
                              where=Where(tensor=printable(name)))  # fmt: skip
         stacked.setdefault(target, {}).setdefault(order, {})[expert] = name
+    for target, parts in joined.items():
+        found[target] = _join(target, parts, wanted[target].shape, checkpoint)
     for target, sources in stacked.items():
         found[target] = _stack(target, sources, wanted[target].shape, checkpoint)
     _split_fused(model, found)
@@ -110,16 +117,34 @@ def resolve(model: Any, checkpoint: Checkpoint) -> dict[str, list[Piece]]:
     return found
 
 
-def _order(converters: Iterable[WeightConverter], pattern: str) -> int | None:
-    """Return which part of the stacked parameter a source pattern is; None for other conversions."""
+STACKING = ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])
+"""Operations that stack experts, with or without gate and up in one."""
+
+
+def _order(converters: Iterable[WeightConverter], pattern: str, *known: list) -> int | None:
+    """Return which part of a parameter made by ``known`` operations a source pattern is; None for other conversions."""
     for converter in converters:
         if pattern not in converter.source_patterns:
             continue
         kinds = [(type(operation), getattr(operation, "dim", None)) for operation in converter.operations]
-        if kinds in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)]):
+        if kinds in known:
             return converter.source_patterns.index(pattern)
         return None
     return None
+
+
+def _join(target: str, sources: Mapping[int, str], shape: torch.Size, checkpoint: Checkpoint) -> list[Piece]:
+    """Return the pieces of a parameter made of several tensors behind each other along its first axis."""
+    pieces, row = [], 0
+    for order in sorted(sources):
+        rows = checkpoint.tensors[sources[order]].shape[0]
+        pieces.append(Piece(sources[order], sources[order], (slice(row, row + rows),)))
+        row += rows
+    if row != shape[0]:
+        raise InputError("E382", f"{checkpoint.label} has {row} of {shape[0]} rows for {printable(target)}",
+                         where=Where(tensor=printable(target)),
+                         help="the checkpoint is incomplete, or config.json does not fit the weights")  # fmt: skip
+    return pieces
 
 
 def _expert_number(name: str) -> int | None:

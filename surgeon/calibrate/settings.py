@@ -66,7 +66,8 @@ class Observer(Protocol):
     """What looks at the inputs and outputs of modules while a model runs.
 
     An observer may also have ``state() -> dict[str, np.ndarray]`` and ``restore(state)``; a pass with
-    a spill folder then continues after an interruption. An attribute ``identity`` (text) separates
+    a spill folder then continues after an interruption; ``restore`` may return False for a state it cannot
+    take up, and the pass starts over. An attribute ``identity`` (text) separates
     observers whose states must not be mixed.
     """
 

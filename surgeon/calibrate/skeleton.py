@@ -49,7 +49,7 @@ from surgeon.calibrate.buffers import compute_buffers
 from surgeon.calibrate.pieces import Piece, is_experts, load_expert, load_parameter, read_tensor, resolve
 from surgeon.calibrate.placement import Placement
 from surgeon.calibrate.settings import Observer, Settings
-from surgeon.calibrate.stock_model import build, kept_in_float32
+from surgeon.calibrate.stock_model import base_of, build, kept_in_float32
 from surgeon.checkpoint.checkpoint import Checkpoint
 from surgeon.checkpoint.header import printable
 from surgeon.errors import InputError, Where
@@ -82,6 +82,7 @@ class Skeleton:
     Attributes:
         model: the transformers model with its head, on the meta device except what is loaded.
         base: the part without head.
+        base_prefix: what the names of its parameters begin with in ``model``, such as "model.".
         stack: path of the layers in ``model``, such as "model.layers".
         layers: how many there are.
         causal: whether a token sees only earlier ones.
@@ -102,11 +103,10 @@ class Skeleton:
         self.settings = settings
         self.dtype = settings.torch_dtype
         self.model = build(checkpoint, self.dtype)
-        self.base: Any = self.model.base_model
-        prefix = "" if self.base is self.model else self.model.base_model_prefix + "."
         record = architectures.get(self.model.config.model_type)
         assert record is not None  # build refuses others
-        self.stack = prefix + record.stack
+        self.base, self.base_prefix = base_of(self.model, record.stack)
+        self.stack = self.base_prefix + record.stack
         self._layers: list[nn.Module] = list(self.model.get_submodule(self.stack))
         self.layers = len(self._layers)
         self.causal = self.model.config.model_type != "bert" or bool(self.model.config.is_decoder)
@@ -168,7 +168,7 @@ class Skeleton:
 
     def _check_complete(self) -> None:
         needed = [name for name, _ in self.base.named_parameters()]
-        prefix = "" if self.base is self.model else self.model.base_model_prefix + "."
+        prefix = self.base_prefix
         missing = [prefix + name for name in needed if prefix + name not in self._pieces]
         missing = [name for name in missing if not name.startswith(f"{prefix}pooler.")]
         if missing:

@@ -12,9 +12,13 @@ import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from surgeon import architectures
+from surgeon.calibrate import input_gated
 from surgeon.checkpoint.checkpoint import Checkpoint
 from surgeon.checkpoint.header import printable
 from surgeon.errors import InputError, Where
+
+LIBRARY_TYPES = {"kimi_k2": "deepseek_v3"}
+"""Model types whose class the library has under another name."""
 
 
 def kept_in_float32(model: Any, dtype: torch.dtype) -> re.Pattern[str] | None:
@@ -31,7 +35,8 @@ def build(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
                          where=Where(checkpoint.label), help="give the model folder, or --config")  # fmt: skip
     model_type = config.get("model_type")
     record = architectures.get(model_type)
-    if record is None or model_type not in CONFIG_MAPPING:
+    library = LIBRARY_TYPES.get(str(model_type), str(model_type))
+    if record is None or library not in CONFIG_MAPPING:
         raise InputError(
             "E380", f"{checkpoint.label} is a {printable(str(model_type))} model; such models cannot be run layer by layer",
             where=Where(checkpoint.label), help="these can: " + ", ".join(architectures.known()),
@@ -41,7 +46,8 @@ def build(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
                          help="use the model it was made from, or dequantize it first")  # fmt: skip
     clean = {key: value for key, value in config.items() if key not in ("auto_map", "_name_or_path", "dtype", "torch_dtype")}  # fmt: skip
     try:
-        parsed = CONFIG_MAPPING[str(model_type)].from_dict(clean)
+        parsed = CONFIG_MAPPING[library].from_dict(_with_infinities({**clean, "model_type": library}))
+        parsed = parsed.get_text_config() if record.section else parsed
         kind = _class_of(parsed, config)
         with torch.device("meta"), _quiet():
             model = kind._from_config(parsed, dtype=dtype)
@@ -50,7 +56,30 @@ def build(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     except Exception as error:  # the library checks its configurations with many kinds of exceptions
         raise InputError("E380", f"the library cannot build {checkpoint.label}: {type(error).__name__}: {str(error)[:200]}",
                          where=Where(checkpoint.label), help="check config.json") from error  # fmt: skip
+    input_gated.adapt(model)
     return model.eval().requires_grad_(False)
+
+
+def base_of(model: Any, stack: str) -> tuple[Any, str]:
+    """Return the part of a model without its head, and the beginning of its parameters' names ("model.", or "").
+
+    Args:
+        stack: path of the layers inside that part. Some classes (Llama 4) name another part than they have.
+    """
+    for base, prefix in ((model.base_model, f"{model.base_model_prefix}."),
+                         *((part, f"{name}.") for name, part in model.named_children())):  # fmt: skip
+        if _holds(base, stack):
+            return base, "" if base is model else prefix
+    raise InputError("E380", f"the library's {type(model).__name__} has no layers where its family has them: {stack}",
+                     help="this version of the library is not known here")  # fmt: skip
+
+
+def _holds(module: Any, path: str) -> bool:
+    try:
+        module.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
 
 
 def _class_of(parsed: Any, config: Mapping[str, Any]) -> Any:
@@ -68,6 +97,15 @@ def _class_of(parsed: Any, config: Mapping[str, Any]) -> Any:
     if parsed.model_type == "bert":
         usual = transformers.MODEL_FOR_MASKED_LM_MAPPING
     return usual[type(parsed)]
+
+
+def _with_infinities(value: Any) -> Any:
+    """Return a configuration with the infinite numbers that the library writes as {"__float__": "Infinity"}."""
+    if isinstance(value, Mapping):
+        if set(value) == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
+            return float(value["__float__"])
+        return {key: _with_infinities(inner) for key, inner in value.items()}
+    return [_with_infinities(inner) for inner in value] if isinstance(value, list) else value
 
 
 @contextmanager

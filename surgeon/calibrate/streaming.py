@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from surgeon.calibrate.batches import Batch
-from surgeon.calibrate.experts import one_expert, routed
+from surgeon.calibrate.experts import RoutingWatch, entering, leaving, one_expert, routed
 from surgeon.calibrate.settings import Settings
 from surgeon.calibrate.skeleton import Call, Skeleton
 from surgeon.calibrate.watching import Watching
@@ -152,19 +152,24 @@ class ExpertStream:
             for number, (_, index, _) in arrived.items()
         }
         needed = sorted({expert for table in shares.values() for expert in table})
+        routing: RoutingWatch | None = getattr(self._module, "surgeon_routing", None)
         for expert, weights in self._experts(needed):
             check()
             for number, table in shares.items():
                 if expert not in table:
                     continue
                 rows, slots = table[expert]
-                hidden, _, scale = arrived[number]
+                hidden, index, scale = arrived[number]
+                scales = scale[rows, slots]
+                entered = entering(self._module, hidden[rows], scales)
                 self._watching.begin(batches[number])
                 out = one_expert(
-                    self._module, expert, rows, hidden[rows], lambda _, name, held=weights: held[name]
+                    self._module, expert, rows, entered, lambda _, name, held=weights: held[name]
                 )
+                if routing is not None:
+                    routing.output(expert, rows, slots, out, index)
                 self._watching.end()
-                sums[number].index_add_(0, rows, (out * scale[rows, slots, None]).to(hidden.dtype))
+                sums[number].index_add_(0, rows, leaving(self._module, out, scales).to(hidden.dtype))
         arrived.clear()
         for number, states in inputs.items():
             check()

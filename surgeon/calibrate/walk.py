@@ -255,7 +255,7 @@ class Walk:
         try:
             if layer + 1 < self.layers and self._memory.prefetch:
                 loader.start(layer + 1)
-            with watching.attached(module, skeleton.pieces(layer)):
+            with watching.attached(module, skeleton.pieces(layer)), watching.layer(layer, module):
                 if streamed:
                     job = streaming.ExpertStream(skeleton, layer, watching)
                     for group in self._memory.groups(self.batches):
@@ -419,7 +419,9 @@ class Walk:
             states.close()
             return
         states.digests = digests
-        restore(state)
+        if restore(state) is False:  # what the observer keeps elsewhere is not there any more
+            states.close()
+            return
         self._states, self._stage = states, stage
 
 

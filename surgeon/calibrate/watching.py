@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from surgeon.calibrate.settings import Observer
 
 class Watching:
     """Hands the inputs and outputs of modules to an observer, without padding.
+
+    An observer with ``around_layer(number, module, watching)``, a context, is asked for it at every layer.
 
     Attributes:
         batch: the batch that is running; None keeps everything from the observer.
@@ -52,9 +54,9 @@ class Watching:
     def rows(self, value: Tensor) -> Tensor:
         """Return the rows [tokens, features] that belong to tokens.
 
-        ``value`` is [batch, tokens, ..., features], [batch * tokens, features], heads before tokens
-        [batch, heads, tokens, features], or one row per sample [batch, features]. Modules applied to
-        each head see one row per token and head.
+        ``value`` is [batch, tokens, ..., features], [batch * tokens, features], [batch * tokens * heads,
+        features], heads before tokens [batch, heads, tokens, features], or one row per sample [batch,
+        features]. Modules applied to each head see one row per token and head.
         """
         assert self.batch is not None
         width = value.shape[-1]
@@ -70,7 +72,19 @@ class Watching:
             return value.transpose(1, 2).flatten(0, 1)[real].reshape(-1, width)
         if value.ndim == 2 and value.shape[0] == count:
             return value
+        if value.ndim == 2 and value.shape[0] % (count * length) == 0:
+            return value.reshape(count * length, -1, width)[real].reshape(-1, width)
         raise AssertionError(f"activations of shape {tuple(value.shape)} in a batch of {count} x {length}")
+
+    def layer(self, number: int, root: nn.Module) -> AbstractContextManager[None]:
+        """Let an observer that looks at more than single modules (``around_layer``) attach to a layer.
+
+        Args:
+            number: of the layer.
+            root: its module, loaded.
+        """
+        around = getattr(self._observer, "around_layer", None)
+        return nullcontext() if around is None else around(number, root, self)
 
     @contextmanager
     def attached(
@@ -95,7 +109,7 @@ class Watching:
                     continue
                 listed = pieces.get(f"{path}.weight" if path else "weight", ())
                 if (
-                    isinstance(module, nn.Embedding)
+                    isinstance(module, (nn.Embedding, nn.Conv1d))  # no rows of features enter either
                     or len(listed) != 1
                     or not self._observer.wants(listed[0].module)
                 ):

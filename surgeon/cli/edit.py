@@ -23,7 +23,7 @@ def edit(
         typer.Option(
             "--method",
             help="thinkedit (heads that cut thinking short), project-out (a direction out of chosen matrices), "
-            "steer (a constant shift as a bias).",
+            "steer (a constant shift as a bias), rice (more weight for experts of thinking; an experiment).",
         ),
     ],
     responses: Annotated[
@@ -101,6 +101,33 @@ def edit(
         str | None,
         typer.Option("--control-vector", help="steer: write a llama.cpp control vector instead of a model."),
     ] = None,
+    marker: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--marker",
+            help="rice: text whose experts are looked for, repeat [<think>, </think>, alternatively].",
+        ),
+    ] = None,
+    beta: Annotated[
+        float | None,
+        typer.Option("--beta", help="rice: factor on the experts that are found; 2 to 512 were published."),
+    ] = None,
+    experts_count: Annotated[
+        int | None, typer.Option("--experts-count", help="rice: how many experts are scaled [2].")
+    ] = None,
+    scale_experts: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--scale-experts",
+            help="rice: LAYER:EXPERT=FACTOR, repeat or comma list, instead of looking for them.",
+        ),
+    ] = None,
+    expert_record: Annotated[
+        str | None,
+        typer.Option(
+            "--expert-record", help="rice: YAML that says where an unknown family keeps its experts."
+        ),
+    ] = None,
     calibration: c.Source = None,
     check: Annotated[
         bool,
@@ -143,7 +170,8 @@ def edit(
             heads_count=heads_count, strength=strength, project_bias=project_bias,
             matrices=tuple(part.strip() for part in matrices.split(",")) if matrices else (), layer=layer,
             layers=_pair(layers, "--layers", ":"), gamma=gamma, kl_budget=kl_budget, relabel=relabel,
-            control_vector=control_vector, calibration=tuple(calibration or ()), check=check, device=device, dtype=dtype,
+            control_vector=control_vector, markers=tuple(marker or ()), beta=beta, experts_count=experts_count,
+            scale_experts=tuple(scale_experts or ()), expert_record=expert_record, calibration=tuple(calibration or ()), check=check, device=device, dtype=dtype,
             max_shard_size=o.byte_size(max_shard_size, "--max-shard-size"), seed=seed, allow_nonfinite=allow_nonfinite,
             offline=offline,
         )  # fmt: skip
@@ -258,6 +286,24 @@ def _describe(out: Output, report: dict[str, Any]) -> None:
     if "gamma" in report:
         fit = f"   KL {report['fit']['measured'][-1][1]:.4g} nats a token" if "fit" in report else ""
         out.line(f"shift     layer {report['layer']} {report['site']}   gamma {report['gamma']:.4g}{fit}")
+    if report.get("found"):
+        found = report["found"]
+        rows = [[e["layer"], e["expert"], f"{e['npmi']:.3f}", *(f"{v:.3f}" for v in e["markers"].values()), e["tokens"]]
+                for e in found["experts"]]  # fmt: skip
+        out.line(
+            "markers   "
+            + "   ".join(f"{m} {n:,}" for m, n in found["markers"].items())
+            + f"   in {found['tokens']:,} tokens"
+        )
+        out.table(["layer", "expert", "nPMI", *found["markers"], "tokens"], rows)
+    if report.get("scales"):
+        out.line(
+            "scaled    "
+            + ", ".join(
+                f"layer {s['layer']} expert {s['expert']} by {s['factor']:g}" for s in report["scales"]
+            )
+        )
+        out.line(f"undo      surgeon edit RESULT --method rice --scale-experts {report['undo']}")
     quality = report.get("quality")
     if quality:
         out.line(f"neutral   perplexity {quality['perplexity_before']:.4g} -> {quality['perplexity_after']:.4g}   "

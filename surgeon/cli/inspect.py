@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 
+from surgeon.cli import calibration as c
+from surgeon.cli import inspect_experts as e
 from surgeon.cli import options as o
-from surgeon.cli.errors import run_command
+from surgeon.cli.errors import run_command, stop_on_signals
 from surgeon.cli.output import Output, number, size
-from surgeon.errors import UsageError
+from surgeon.errors import InputError, UsageError
 
 
 def inspect(
@@ -23,12 +26,42 @@ def inspect(
         ),
     ] = None,
     layers: Annotated[bool, typer.Option("--layers", help="One line per layer.")] = False,
-    experts: Annotated[bool, typer.Option("--experts", help="Experts of every layer.")] = False,
+    experts: Annotated[
+        bool,
+        typer.Option(
+            "--experts",
+            help="Experts of every layer; with --calibration how tokens are routed, with --stats how like the weights are.",
+        ),
+    ] = False,
     config: Annotated[bool, typer.Option("--config", help="Print config.json.")] = False,
     stats: Annotated[
         bool, typer.Option("--stats", help="Read the values: norms, largest, mean, zeros, non-finite.")
     ] = False,
     sort: Annotated[str | None, typer.Option("--sort", help="size or name [order of the file].")] = None,
+    calibration: c.Source = None,
+    samples: c.Samples = 128,
+    sequence_length: c.SequenceLength = 2048,
+    seed: o.Seed = 0,
+    keep_experts: e.CompareKeep = None,
+    criterion: e.Criterion = "easy-ep",
+    marker: e.Markers = None,
+    window: e.Windows = None,
+    cache_ratio: e.CacheRatios = None,
+    router_logits: e.Logits = False,
+    scores: e.Scores = None,
+    guess: e.Guess = False,
+    expert_record: Annotated[
+        str | None,
+        typer.Option(
+            "--expert-record", help="YAML that says where experts lie, for a family without a record."
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    calibration_dtype: Annotated[
+        str,
+        typer.Option("--calibration-dtype", help="Precision of a pass: float32, bfloat16, float16."),
+    ] = "float32",
+    memory_limit: o.MemoryLimit = None,
     threads: o.Threads = None,
     offline: o.Offline = False,
     json_: o.Json = False,
@@ -43,6 +76,21 @@ def inspect(
         if sort not in {None, "size", "name"}:
             raise UsageError("E209", f'--sort is "{sort}"', help="size or name")
         from surgeon import api
+
+        for name, given in (
+            ("--calibration", calibration),
+            ("--guess", guess),
+            ("--expert-record", expert_record),
+        ):
+            if given and not experts:
+                raise UsageError("E206", f"{name} only has an effect with --experts", help="add --experts")
+        if (scores or marker or window or cache_ratio or router_logits) and not calibration:
+            raise UsageError("E206", "--scores, --marker, --window, --cache-ratio and --router-logits describe a pass over text",
+                             help="add --calibration TEXT")  # fmt: skip
+        if guess:
+            proposed = e.guess_document(*api.propose_experts(model, offline=offline))
+            e.show_guess(out, proposed)
+            return proposed
 
         bar = out.progress("reading")
         try:
@@ -65,13 +113,46 @@ def inspect(
             document["experts"] = [dataclasses.asdict(e) for e in found.experts]
             out.line()
             _experts(out, found.experts)
-        if tensors is not None or (stats and not layers):
+            if found.experts and found.config is not None:
+                routing = _routing(out, bool(calibration or stats), lambda bar, stop: api.inspect_experts(
+                    model, calibration=calibration, stats=stats, expert_record=expert_record, scores=scores,
+                    samples=samples, sequence_length=sequence_length, seed=seed, keep_experts=keep_experts,
+                    criterion=criterion, markers=marker or (), windows=window or (), cache_ratios=cache_ratio or (),
+                    logits=router_logits, device=device, calibration_dtype=calibration_dtype, threads=threads,
+                    memory_limit=o.byte_size(memory_limit, "--memory-limit"), offline=offline, progress=bar, stop=stop,
+                ))  # fmt: skip
+                if routing is not None:
+                    document["routing"] = routing
+            elif calibration:
+                raise UsageError("E207", f"{found.summary.label} has no experts to look at, or no config.json",
+                                 help="leave --calibration out")  # fmt: skip
+        if tensors is not None or (stats and not layers and not experts):
             document["tensors"] = _tensors(out, found, sort, tensors is not None)
         if stats and found.stats is not None:
             document["stats"] = _total(out, found)
         return document
 
     raise typer.Exit(run_command(out, "inspect", work))
+
+
+def _routing(out: Output, asked: bool, look: Callable[[Any, Any], dict[str, Any]]) -> dict[str, Any] | None:
+    """Print what is known about experts; of a family nobody knows nothing but the way to tell, unless it was asked for."""
+    bar = out.progress("looking at experts")
+    with stop_on_signals(out) as (stop, _):
+        try:
+            document = look(bar, stop)
+        except InputError as error:
+            if asked:
+                raise
+            out.warning(error.message)
+            if error.help:
+                out.note(error.help)
+            return None
+        finally:
+            bar.close()
+    out.line()
+    e.show(out, document)
+    return document
 
 
 def summary(out: Output, s: Any) -> None:

@@ -54,9 +54,12 @@ def methods(
 def _other_families(out: Output, name: str | None) -> dict[str, Any] | None:
     """Show pruning and editing, or one of their methods; None where it is merging that is asked for."""
     from surgeon.edit.request import SUMMARIES
+    from surgeon.prune.experts import request as experts
     from surgeon.prune.request import CRITERIA, METHODS, SPARSITY
 
-    families = {"prune": METHODS, "edit": SUMMARIES}
+    families = {"prune": METHODS | experts.METHODS, "edit": SUMMARIES}
+    counted = SPARSITY | experts.SPARSITY
+    criteria = {**CRITERIA, "heapr": tuple(experts.CHANNELS)}
     for family, found in families.items():
         if name == family:
             out.table(["method", "what it does"], [[method, text] for method, text in found.items()])
@@ -71,11 +74,11 @@ def _other_families(out: Output, name: str | None) -> dict[str, Any] | None:
             out.line(found[name])
             page: dict[str, Any] = {"name": name, "summary": found[name]}
             if family == "prune":
-                page["sparsity"] = SPARSITY[name]
-                out.line(f"--sparsity   counts {SPARSITY[name]}")
-                if name in CRITERIA:
-                    page["criteria"] = list(CRITERIA[name])
-                    shown = ", ".join(one.replace("_", "-") for one in CRITERIA[name])
+                page["sparsity"] = counted[name]
+                out.line(f"--sparsity   counts {counted[name]}")
+                if name in criteria:
+                    page["criteria"] = list(criteria[name])
+                    shown = ", ".join(one.replace("_", "-") for one in criteria[name])
                     out.line(f"--criterion  {shown} (the first is the default)")
             return {"family": family, "method": page}
     if name is None:

@@ -19,16 +19,19 @@ def prune(
         str, typer.Argument(metavar="[MODEL]", help="Folder or hub id [the current folder].")
     ] = ".",
     method: Annotated[
-        str,
+        str | None,
         typer.Option(
-            "--method", help="ziplm, width, depth, lapp; of single weights: sparsegpt, wanda, magnitude."
+            "--method",
+            help="ziplm, width, depth, lapp; of single weights: sparsegpt, wanda, magnitude; of experts: reap, easy-ep, "
+            "heapr, frequency, stun, ... [ziplm; mixtures of experts: reap]. All: surgeon methods prune.",
         ),
-    ] = "ziplm",
+    ] = None,
     criterion: Annotated[
         str | None,
         typer.Option(
             "--criterion",
-            help="width: flap, minitron, wanda, magnitude, random, ziplm; depth: nmse, block-influence, uniform.",
+            help="width: flap, minitron, wanda, magnitude, random, ziplm; depth: nmse, block-influence, uniform; "
+            "heapr: heapr, heapr-all, joint, joint-all, magnitude, random.",
         ),
     ] = None,
     target_speedup: Annotated[
@@ -48,6 +51,12 @@ def prune(
     keep_layers: Annotated[
         list[str] | None, typer.Option("--keep-layers", help="Layers left (--method depth).")
     ] = None,
+    keep_experts: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--keep-experts", help="Experts left in every layer: 64 is a count, 0.5 or 50% a fraction."
+        ),
+    ] = None,
     pattern: Annotated[
         str | None, typer.Option("--pattern", help="N:M, at least N zeros in each M inputs: 2:4.")
     ] = None,
@@ -59,7 +68,8 @@ def prune(
         str,
         typer.Option(
             "--layout",
-            help="uniform loads everywhere; per-layer is better at equal speed, and needs our model code or GGUF.",
+            help="uniform loads everywhere; per-layer is better at equal speed, and needs our model code or GGUF; "
+            "heapr: also padded (experts of different widths, zeros beside), ragged (evaluated, not written).",
         ),
     ] = "uniform",
     round_to: Annotated[
@@ -67,6 +77,50 @@ def prune(
     ] = "auto",
     protect_layers: Annotated[
         str | None, typer.Option("--protect-layers", help="Comma list of layers left as they are.")
+    ] = None,
+    scores: Annotated[
+        str | None,
+        typer.Option(
+            "--scores",
+            help="Routing statistics: written there, or read so that the model is not run for them.",
+        ),
+    ] = None,
+    protect: Annotated[
+        list[str] | None, typer.Option("--protect", help="LAYER:EXPERT,... that stay, beside super experts.")
+    ] = None,
+    no_protect: Annotated[
+        bool,
+        typer.Option("--no-protect", help="Let super experts go like others: models collapse without them."),
+    ] = False,
+    mix: Annotated[
+        str, typer.Option("--mix", help="Scores over domains: mean, or max where none may be sacrificed.")
+    ] = "mean",
+    domain_weight: Annotated[
+        list[str] | None, typer.Option("--domain-weight", help="NAME=WEIGHT of a domain in the mean.")
+    ] = None,
+    scope: Annotated[
+        str, typer.Option("--scope", help="heapr: compare channels global, per-layer or per-expert.")
+    ] = "global",
+    router: Annotated[
+        str | None,
+        typer.Option(
+            "--router",
+            help="stun, hc-smoe, m-smoe: the router row of a cluster: representative, average, or mass where the router has "
+            "a bias [stun: average where weights are averaged].",
+        ),
+    ] = None,
+    mtp: Annotated[
+        str, typer.Option("--mtp", help="Experts of multi-token-prediction layers: copy-last, drop or error.")
+    ] = "copy-last",
+    expert_record: Annotated[
+        str | None,
+        typer.Option(
+            "--expert-record", help="YAML that says where experts lie, for a family without a record."
+        ),
+    ] = None,
+    from_report: Annotated[
+        str | None,
+        typer.Option("--from-report", help="Cut as an earlier result did: its pruning.json or folder."),
     ] = None,
     search: Annotated[
         str, typer.Option("--search", help="spdy (true loss), or dp (prior errors alone).")
@@ -111,8 +165,13 @@ def prune(
         bool, typer.Option("--measure/--no-measure", help="Time the finished model against the source.")
     ] = True,
     calibration: c.Source = None,
-    samples: c.Samples = 128,
-    sequence_length: c.SequenceLength = 2048,
+    samples: Annotated[
+        int | None, typer.Option("--samples", min=1, help="Calibration samples [128; easy-ep: 25].")
+    ] = None,
+    sequence_length: Annotated[
+        int | None,
+        typer.Option("--sequence-length", min=2, help="Tokens of a sample at most [2048; easy-ep: 16384]."),
+    ] = None,
     calibration_dtype: Annotated[
         str,
         typer.Option("--calibration-dtype", help="Precision of calibration: float32, bfloat16, float16."),
@@ -165,7 +224,7 @@ def prune(
         from surgeon import api
 
         settings = {
-            "model": model, "method": method, "criterion": criterion,
+            "method": method, "criterion": criterion,
             "target_speedup": o.numbers(target_speedup, "--target-speedup"),
             "target_params": _counts(target_params, "--target-params"),
             "target_size": _sizes(target_size, "--target-size"), "sparsity": o.numbers(sparsity, "--sparsity"),
@@ -182,14 +241,17 @@ def prune(
             "learning_rate": learning_rate, "train": train, "bypass_rank": bypass_rank, "nested": nested, "dtype": dtype,
             "max_shard_size": o.byte_size(max_shard_size, "--max-shard-size"), "device": device, "threads": threads,
             "memory_limit": o.byte_size(memory_limit, "--memory-limit"), "seed": seed, "offline": offline,
-            "work": work_folder,
+            "work": work_folder, "keep_experts": tuple(part for text in keep_experts or () for part in text.split(",")),
+            "scores": scores, "protect": tuple(protect or ()), "no_protect": no_protect, "mix": mix,
+            "domain_weight": tuple(domain_weight or ()), "scope": scope, "router": router, "mtp": mtp,
+            "expert_record": expert_record, "from_report": from_report,
         }  # fmt: skip
         bar = Stages(out)
         with stop_on_signals(out) as (stop, _):
             try:
                 document = api.prune(
-                    output=output, overwrite=overwrite, resume=resume, dry_run=dry_run, progress=bar.tell,
-                    say=out.note, stop=stop, **settings,
+                    model, output, overwrite=overwrite, resume=resume, dry_run=dry_run, progress=bar.tell,
+                    say=out.note, stop=stop, **_given(settings),
                 )  # fmt: skip
             finally:
                 bar.close()
@@ -197,6 +259,19 @@ def prune(
         return document
 
     raise typer.Exit(run_command(out, "prune", work))
+
+
+def _given(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return what differs from the defaults: an option of one kind of model is refused with another, not ignored."""
+    from surgeon.prune.experts.request import ExpertRequest
+    from surgeon.prune.request import PruneRequest
+
+    fields = {**ExpertRequest.model_fields, **PruneRequest.model_fields}
+    return {
+        name: value
+        for name, value in settings.items()
+        if value is not None and (name == "method" or value != fields[name].default)
+    }
 
 
 def show(out: Output, document: dict[str, Any]) -> None:
@@ -222,7 +297,10 @@ def show(out: Output, document: dict[str, Any]) -> None:
         return
     for path in output["models"].values():
         out.line(f"wrote     {path}")
-    first = next(iter(output["models"].values()))
+    first = next(iter(output["models"].values()), None)
+    if first is None:
+        out.line("nothing was written: this layout is only evaluated")
+        return
     out.log(
         f"A pruned model must be evaluated before use; check it first: surgeon verify {plain(first)} --generate"
     )
@@ -231,6 +309,9 @@ def show(out: Output, document: dict[str, Any]) -> None:
 def _plan(out: Output, document: dict[str, Any]) -> None:
     """Print what a run would do."""
     needs, outlook = document["needs"], document["outlook"]
+    if isinstance(outlook, list):
+        _plan_of_experts(out, document)
+        return
     cut = f"   cuts {', '.join(document['structures'])}" if document["structures"] else ""
     criterion = f" ({plain(document['criterion'])})" if document["criterion"] else ""
     out.line(f"plan      {plain(document['method'])}{criterion}   {', '.join(document['targets'])}{cut}")
@@ -244,6 +325,26 @@ def _plan(out: Output, document: dict[str, Any]) -> None:
     )
     for name in document["targets"] if not document["targets_checked"] else ():
         out.line(f"  {plain(name)} is not checked yet")
+    out.line(f"  to        {document['output']['path']}")
+    out.line("nothing was written.")
+
+
+def _plan_of_experts(out: Output, document: dict[str, Any]) -> None:
+    """Print what a run on a mixture of experts would do."""
+    needs = document["needs"]
+    out.line(f"plan      {plain(document['method'])}   {', '.join(document['targets'])}")
+    for member in document["outlook"]:
+        out.line(
+            f"  {plain(member['name'])}   {member['experts']} experts a layer   {number(member['parameters'])} parameters   {size(member['bytes'])}"
+        )
+    out.line(
+        f"  results at most {size(needs['results'])}   work at most {size(needs['work'])}   free disk {size(needs['results_free'])}"
+    )
+    if document["calibration"]:
+        text = document["calibration"]
+        out.line(
+            f"  text: {text['statistics']['tokens']:,} tokens for statistics, {text['held_out']['tokens']:,} held out"
+        )
     out.line(f"  to        {document['output']['path']}")
     out.line("nothing was written.")
 
@@ -283,6 +384,11 @@ def _member(out: Output, member: dict[str, Any]) -> None:
         if quality.get("cosine") is not None:
             shown.append(f"cosine of embeddings {quality['cosine']:.4f}")
         out.line(f"  held-out  {'   '.join(shown)}   ({quality['tokens']:,} tokens)")
+        for name, one in quality.get("domains", {}).items():
+            before, after = one["perplexity"]
+            out.line(
+                f"    {plain(name) or 'no domain'}: perplexity {before:.4g} -> {after:.4g}   KL {one['kl']:.4g}   ({one['tokens']:,} tokens)"
+            )
     if member.get("readers"):
         out.line(f"  loads in  {', '.join(member['readers'])}")
     for remark in member.get("remarks", ()):

@@ -138,7 +138,12 @@ def _static(report: Any, values: bool, hashes: bool) -> list[dict[str, str]]:
     return lines
 
 
-_FAILURES = {"load": {"E360", "E364"}, "generate": {"E361"}, "tokenizer use": {"E362"}, "against": {"E363"}}
+_FAILURES = {
+    "load": {"E360", "E364"},
+    "generate": {"E361"},
+    "tokenizer use": {"E362"},
+    "against": {"E363", "E408", "E409"},
+}
 
 
 def _read(found: Any, asked: bool) -> list[dict[str, Any]]:
@@ -153,7 +158,7 @@ def _read(found: Any, asked: bool) -> list[dict[str, Any]]:
             }
         ]
     checks, lines = found.reading.checks, []
-    codes = [e.code for e in found.reading.errors]
+    codes = [e.code for e in (*found.reading.errors, *found.findings)]
     versions = " ".join(f"{k} {v}" for k, v in sorted(found.reading.versions.items(), reverse=True))
 
     def add(name: str, detail: str, figures: Any) -> None:
@@ -185,7 +190,18 @@ def _read(found: Any, asked: bool) -> list[dict[str, Any]]:
     else:
         add("generate", f"a forward pass is finite, output {(forward or {}).get('shape')}", forward)
     tensors, logits = found.against, checks.get("against")
-    if tensors is not None:
+    if tensors is not None and tensors.get("masked"):
+        how = (
+            "equal to the last bit"
+            if tensors["exact"]
+            else f"differ by at most {tensors['max_difference']:.3g}"
+        )
+        detail = (
+            f"logits and those of the source with the dropped experts masked {how} on {tensors['tokens']} tokens (the whole "
+            f"source differs by {tensors['differs_from_unmasked']:.3g})"
+        )
+        add("against", detail, tensors)
+    elif tensors is not None:
         same = f"{tensors['equal']:,} of {tensors['compared']:,} common tensors equal"
         detail = same
         if logits:

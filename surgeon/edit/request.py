@@ -13,6 +13,7 @@ SUMMARIES = {
     "thinkedit": "takes the short-thinking direction out of the heads that write it: the model thinks longer",
     "project-out": "takes a direction out of chosen matrices",
     "steer": "shifts the residual stream behind one layer by a constant, baked as a bias, or as a control vector",
+    "rice": "multiplies the contribution of the experts a model thinks with; an experiment",
 }
 """Method -> one line."""
 METHODS = tuple(SUMMARIES)
@@ -21,6 +22,8 @@ _ONLY: dict[str, tuple[str, ...]] = {
     "heads": ("thinkedit",), "heads_fraction": ("thinkedit",), "heads_count": ("thinkedit",),
     "matrices": ("project-out",), "layers": ("project-out",), "layer": ("project-out", "steer"),
     "strength": ("thinkedit", "project-out"), "project_bias": ("thinkedit", "project-out"),
+    "markers": ("rice",), "beta": ("rice",), "experts_count": ("rice",), "scale_experts": ("rice",),
+    "expert_record": ("rice",),
     "gamma": ("steer",), "kl_budget": ("steer",), "relabel": ("steer",), "control_vector": ("steer",),
 }  # fmt: skip
 
@@ -30,7 +33,7 @@ class EditRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    method: Literal["thinkedit", "project-out", "steer"]
+    method: Literal["thinkedit", "project-out", "steer", "rice"]
     direction: str | None = None
     save_direction: str | None = None
     responses: str | None = None
@@ -54,6 +57,11 @@ class EditRequest(BaseModel):
     kl_budget: float | None = None
     relabel: Literal["auto", "never"] = "auto"
     control_vector: str | None = None
+    markers: tuple[str, ...] = ()
+    beta: float | None = None
+    experts_count: int | None = None
+    scale_experts: tuple[str, ...] = ()
+    expert_record: str | None = None
     calibration: tuple[str, ...] = ()
     check: bool = True
     device: str = "auto"
@@ -72,8 +80,11 @@ class EditRequest(BaseModel):
         """
         for name, methods in _ONLY.items():
             if getattr(self, name) != type(self).model_fields[name].default and self.method not in methods:
-                raise UsageError("E296", f"--{name.replace('_', '-')} has no effect with --method {self.method}",
+                raise UsageError("E296", f"--{_option(name)} has no effect with --method {self.method}",
                                  help=f"it belongs to {' and '.join(methods)}")  # fmt: skip
+        if self.method == "rice":
+            self._rice()
+            return self
         given = [name for name in ("responses", "long", "short") if getattr(self, name) is not None]
         if self.direction is None and not given:
             raise UsageError("E295", "there is no direction, and no responses to find one",
@@ -107,6 +118,27 @@ class EditRequest(BaseModel):
         self._steering()
         return self
 
+    def _rice(self) -> None:
+        for name in ("direction", "save_direction", "long", "short", "thresholds", "site", "window", "force"):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise UsageError("E296", f"--{_option(name)} has no effect with --method rice",
+                                 help="rice takes --responses with --beta, or --scale-experts")  # fmt: skip
+        if self.scale_experts:
+            for name in ("responses", "beta", "markers", "experts_count"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise UsageError("E296", f"--{_option(name)} has no effect beside --scale-experts",
+                                     help="leave out one of the two")  # fmt: skip
+            return
+        if self.responses is None:
+            raise UsageError("E295", "there are no responses in which the experts of thinking could be found",
+                             help="--responses FILE.jsonl (prompt, thinking, response), or name them with --scale-experts; "
+                             "surgeon eval --samples-out writes a model's own responses")  # fmt: skip
+        if self.beta is None:
+            raise UsageError("E247", "rice needs the factor its experts are multiplied with",
+                             help="--beta 4; 2 to 512 were published, tuned for each model, and too much makes output collapse")  # fmt: skip
+        if self.experts_count is not None and self.experts_count < 1:
+            raise UsageError("E247", f"--experts-count is {self.experts_count}", help="2 to 5 is usual")
+
     def _steering(self) -> None:
         if self.method != "steer":
             return
@@ -137,6 +169,11 @@ class EditRequest(BaseModel):
     def tokens(self) -> str:
         """Which tokens count."""
         return self.window or ("last" if self.method == "steer" else "response")
+
+
+def _option(name: str) -> str:
+    """Return the option of a field."""
+    return "marker" if name == "markers" else name.replace("_", "-")
 
 
 def build(**values: Any) -> EditRequest:

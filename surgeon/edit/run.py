@@ -6,6 +6,7 @@ import importlib.util
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,10 +101,10 @@ def prepare(
             sizes of the result, not its values.
         progress: called with (what is done, steps done, steps).
     """
-    checkpoint = source.checkpoint
-    stream = stream_of(checkpoint)
-    stream.site(request.place)
-    run = _Run(request, source, stream, threads, memory_limit, progress or (lambda *_: None), stop, title)
+    run = _Run(request, source, threads, memory_limit, progress or (lambda *_: None), stop, title)
+    if request.method == "rice":
+        return run.rice(dry)
+    run.stream.site(request.place)
     sets = run.sets()
     if dry and request.direction is None:
         return run.outline(sets)
@@ -172,7 +173,6 @@ class _Run:
 
     request: EditRequest
     source: Source
-    stream: Stream
     threads: int | None
     memory_limit: int | None
     progress: Progress
@@ -184,6 +184,10 @@ class _Run:
     @property
     def checkpoint(self) -> Checkpoint:
         return self.source.checkpoint
+
+    @cached_property
+    def stream(self) -> Stream:
+        return stream_of(self.checkpoint)
 
     @property
     def code(self) -> str | None:
@@ -381,6 +385,23 @@ class _Run:
                   "relabelled_from": result.relabelled or None}  # fmt: skip
         return self._prepared(result.view, report, recipe, directions)
 
+    def rice(self, dry: bool) -> Prepared:
+        """Scale experts: those that are named, or those found in the responses."""
+        settings = self.settings()
+        from surgeon.edit import rice
+
+        if dry and not self.request.scale_experts:
+            rice.experts_in(self.checkpoint, self.request)
+            self.notes.append("which experts are scaled is decided by running the responses through the model")  # fmt: skip
+            return self._prepared(self.checkpoint, {}, {"beta": self.request.beta}, changed=[])
+        found = rice.scaled(
+            self.checkpoint, self.request, settings, compare=(lambda view: None) if dry else self._compared,
+            progress=lambda done, total: self.progress("looking for experts of thinking", done, total), stop=self.stop,
+        )  # fmt: skip
+        self.notes += found.notes
+        self.warnings += found.warnings
+        return self._prepared(found.view, found.report, found.recipe, changed=found.changed)
+
     def _sign(
         self, baked: Callable[[float], steer.Baked], start: float, sets: Sets, report: dict[str, Any]
     ) -> float:
@@ -442,7 +463,7 @@ class _Run:
                           seed=self.request.seed, offline=self.request.offline)  # fmt: skip
         return [sample.ids for sample in found.samples]
 
-    def _compared(self, view: EditedView) -> dict[str, float] | None:
+    def _compared(self, view: Checkpoint) -> dict[str, float] | None:
         """Return perplexity before and after, and KL(after || before), on neutral text."""
         if not self.request.check or self.checkpoint.folder is None:
             return None
@@ -463,10 +484,11 @@ class _Run:
 
     def _prepared(
         self,
-        view: EditedView,
+        view: Checkpoint,
         report: dict[str, Any],
         recipe: dict[str, Any],
         directions: Directions | None = None,
+        changed: list[str] | None = None,
     ) -> Prepared:
         request = self.request
         if directions is not None:
@@ -479,7 +501,10 @@ class _Run:
         full = {"verb": "edit", "method": request.method, **recipe}
         if directions is not None:
             full["direction"] = directions.record()
-        report |= {"method": request.method, "changed": view.changed()}
+        if changed is None:
+            assert isinstance(view, EditedView)
+            changed = view.changed()
+        report |= {"method": request.method, "changed": changed}
         derived = Derived(
             view=view, recipe=full, method=request.method, parameters=parameters, title=self.title,
             notices=tuple(self.warnings), command=None,
@@ -488,4 +513,4 @@ class _Run:
             self.source, {"": derived}, verb="edit", dtype=request.dtype, seed=request.seed, notes=self.notes,
             warnings=self.warnings, max_shard_bytes=request.max_shard_size, allow_nonfinite=request.allow_nonfinite,
         )  # fmt: skip
-        return Prepared(plan, report, self.notes, self.warnings, model_type=self.stream.model_type)
+        return Prepared(plan, report, self.notes, self.warnings)

@@ -21,6 +21,8 @@ SITES = ("attn", "mlp", "layer")
 
 _ATTENTION = ("attention_o",)
 _FFN = ("ffn_down", "expert_down", "shared_expert_down")
+_OTHER_WRITERS = ("mixer_o", "expert_latent_o")
+"""Kinds of output projections of hybrid families, for which no edit is defined here."""
 _ONE_PLUS = ("gemma", "gemma2", "gemma3_text")
 """Families whose norms multiply by 1 + weight."""
 
@@ -140,6 +142,10 @@ def stream_of(checkpoint: Checkpoint) -> Stream:
     tensors = {
         n: e for n, e in record.layout(config, checkpoint.tensors).tensors.items() if n in checkpoint.tensors
     }
+    if any(spec.kind in _OTHER_WRITERS for spec in tensors.values()):
+        raise InputError("E417", f"{checkpoint.label}: a {record.model_type} model writes to its residual stream through more than "
+                         "attention and FFN", where=Where(checkpoint.label),
+                         help="its mixers would put back what is taken out; models of attention layers only can be edited")  # fmt: skip
     layers = record.num_layers(config)
     heads = record.settings(config).integer(*_head_keys(record))
     writers = [

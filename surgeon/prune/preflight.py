@@ -14,6 +14,7 @@ from typing import Any
 
 from surgeon.checkpoint.header import printable
 from surgeon.deploy import per_layer
+from surgeon.derive import Source
 from surgeon.errors import EnvironmentFault, InputError, OutputConflict, Where
 from surgeon.measure.models import HEADROOM, dtype_of
 from surgeon.output import staging
@@ -127,9 +128,17 @@ def check_disk(session: Session, destination: Path, targets: int) -> dict[str, i
     Raises:
         EnvironmentFault: E501.
     """
-    needed = disk_bytes(session, targets)
+    return enough_disk(disk_bytes(session, targets), destination, session.work)
+
+
+def enough_disk(needed: dict[str, int], destination: Path, work: Path) -> dict[str, int]:
+    """Refuse to begin without ``needed`` bytes of "results" and "work"; return them with what is free.
+
+    Raises:
+        EnvironmentFault: E501.
+    """
     free = {}
-    for name, place in (("results", destination.parent), ("work", _existing(session.work))):
+    for name, place in (("results", destination.parent), ("work", _existing(work))):
         free[place.stat().st_dev] = shutil.disk_usage(place).free
         needed[f"{name}_free"] = free[place.stat().st_dev]
     same = len(free) == 1
@@ -151,10 +160,10 @@ def _existing(path: Path) -> Path:
     return path
 
 
-def check_places(session: Session, destination: Path, inputs: list[Path], *, overwrite: bool) -> None:
+def check_places(work: Path, destination: Path, inputs: list[Path], *, overwrite: bool) -> None:
     """Refuse an output that exists or is an input, and a work folder inside an input (faults A8, A9)."""
     staging.check_destination(destination, inputs, overwrite=overwrite, is_file=False)
-    place = session.work.resolve()
+    place = work.resolve()
     for folder in inputs:
         if folder.is_dir() and place.is_relative_to(folder.resolve()):
             raise OutputConflict("E602", f"the work folder {printable(str(place))} lies inside the model",
@@ -225,8 +234,8 @@ def _speed() -> float:
     return 2 * 768**3 / max(best, 1e-6) / 2  # layers run at about half of it
 
 
-def inputs_of(session: Session) -> list[Path]:
+def inputs_of(source: Source) -> list[Path]:
     """Return the folder and files that are read."""
-    checkpoint = session.source.checkpoint
+    checkpoint = source.checkpoint
     folder = [checkpoint.folder] if checkpoint.folder is not None else []
     return [*folder, *(header.file for header in checkpoint.headers)]

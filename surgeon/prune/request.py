@@ -176,9 +176,7 @@ class PruneRequest(BaseModel):
             UsageError: E265 method or criterion, E266 target, E267 an option without effect.
         """
         if self.method not in METHODS:
-            near = close_matches(self.method, METHODS)
-            raise UsageError("E265", f'unknown pruning method "{_shown(self.method)}"',
-                             help=(near + " " if near else "") + "one of: " + ", ".join(METHODS))  # fmt: skip
+            raise unknown_method(self.method)
         self._check_criterion()
         self._check_target()
         self._check_options()
@@ -292,17 +290,37 @@ def build(**values: Any) -> PruneRequest:
             values[name] = (values[name],)
     if isinstance(values.get("criterion"), str):
         values["criterion"] = values["criterion"].replace("-", "_").lower()
+    if isinstance(values.get("method"), str) and values["method"] not in METHODS:
+        raise unknown_method(values["method"])
     try:
         return PruneRequest(**values).checked()
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"]) or "request"
+        if first["type"] == "extra_forbidden" and _of_experts(name):
+            raise UsageError("E267", f"--{_dashed(name)} has no effect on {values.get('method') or 'ziplm'}",
+                             help="it belongs to the methods for mixtures of experts: surgeon methods prune") from None  # fmt: skip
         raise UsageError("E268", f"--{_dashed(name.split('.')[0])}: {first['msg'].lower()}",
                          help=f"given: {_shown(str(first.get('input')))}") from None  # fmt: skip
 
 
 def _dashed(name: str) -> str:
     return name.replace("_", "-")
+
+
+def unknown_method(method: str) -> UsageError:
+    """Return the error for a method that neither dense models nor mixtures of experts have."""
+    from surgeon.prune.experts.request import METHODS as OF_EXPERTS
+
+    near = close_matches(method, (*METHODS, *OF_EXPERTS))
+    return UsageError("E265", f'unknown pruning method "{_shown(method)}"',
+                      help=(near + " " if near else "") + "one of: " + ", ".join(METHODS) + "; of experts: " + ", ".join(OF_EXPERTS))  # fmt: skip
+
+
+def _of_experts(name: str) -> bool:
+    from surgeon.prune.experts.request import ExpertRequest
+
+    return name in ExpertRequest.model_fields
 
 
 def _shown(text: str) -> str:

@@ -6,30 +6,24 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from surgeon import __version__
-from surgeon.checkpoint.digests import InputDigester
 from surgeon.derive import Source
 from surgeon.errors import SurgeonError
 from surgeon.execute import Outcome, execute
 from surgeon.output.manifest import MANIFEST
-from surgeon.output.staging import DestinationLock
 from surgeon.prune import preflight
 from surgeon.prune.decide import in_words
 from surgeon.prune.members import Member, build, forget_candidates, publication
+from surgeon.prune.places import locked, same_result
 from surgeon.prune.request import SPARSE, PruneRequest
 from surgeon.prune.session import Say, Session, Tell
 from surgeon.prune.written import kept_in
 from surgeon.structure.cut import Cut
 from surgeon.system import peak_memory, physical_cores
 from surgeon.verify.static import verify_path
-
-BEAT = 60.0
-"""Seconds between two signs of life in the lock of a work folder."""
 
 
 def prune(
@@ -74,12 +68,12 @@ def prune(
             **_published(session, destination, same, unchanged=True),
             "seconds": _since(started),
         }
-    inputs = preflight.inputs_of(session)
-    preflight.check_places(session, destination, inputs, overwrite=overwrite)
+    inputs = preflight.inputs_of(source)
+    preflight.check_places(session.work, destination, inputs, overwrite=overwrite)
     needs = preflight.check_disk(session, destination, len(request.targets))
     if dry_run:
         return {**document, **_rehearsed(session, needs), "seconds": _since(started)}
-    with _locked(session):
+    with locked(session):
         if not resume:
             shutil.rmtree(session.work, ignore_errors=True)
         found = _members(session, destination.name)
@@ -211,28 +205,6 @@ def _since(started: float) -> float:
     return round(time.perf_counter() - started, 3)
 
 
-@contextmanager
-def _locked(session: Session) -> Iterator[None]:
-    """Hold the work folder: two runs that share it would take each other's candidates for their own."""
-    session.work.parent.mkdir(parents=True, exist_ok=True)
-    lock = DestinationLock.acquire(session.work)
-    told: Callable[[str, int, int], None] = session.tell
-    last = [time.monotonic()]
-
-    def tell(what: str, done: int, total: int) -> None:
-        if time.monotonic() - last[0] > BEAT:
-            last[0] = time.monotonic()
-            lock.heartbeat()
-        told(what, done, total)
-
-    session.tell = tell
-    try:
-        yield
-    finally:
-        session.release()
-        lock.release()
-
-
 # ---- a result that is there already --------------------------------------------------------------
 
 
@@ -248,7 +220,7 @@ def _finished(session: Session, destination: Path) -> list[dict[str, Any]] | Non
         folder = destination / target.name if family else destination
         try:
             manifest = json.loads((folder / MANIFEST).read_bytes())
-            if not _same(session, manifest) or verify_path(folder, hashes=True).errors:
+            if not same_result(session, manifest) or verify_path(folder, hashes=True).errors:
                 return None
             size = manifest["output"]
             member = {
@@ -266,18 +238,3 @@ def _shape(session: Session, folder: Path) -> str:
         return in_words(kept_in(folder), session)
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         return in_words(Cut.whole(session.structure.layers), session)  # sparse: every shape stays
-
-
-def _same(session: Session, manifest: Mapping[str, Any]) -> bool:
-    recipe = manifest["recipe"]
-    asked = json.loads(json.dumps(session.asked))
-    if manifest["program"]["version"] != __version__ or any(
-        recipe.get(name) != asked[name] for name in asked
-    ):
-        return False
-    recorded = dict(recipe.get("source") or {})
-    if not recorded:
-        files = (model["files"] for model in manifest["inputs"].values())
-        recorded = {name: file["sha256"] for one in files for name, file in one.items()}
-    digests = InputDigester(list(session.source.checkpoint.headers)).finish()
-    return all(recorded.get(file.name) == digest for file, digest in digests.items())

@@ -18,8 +18,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from surgeon import architectures
-from surgeon.architectures.deepseek_v3 import PREDICTION_LAYERS
 from surgeon.architectures.layered_config import relayer_config
+from surgeon.architectures.prediction import PREDICTION_LAYERS
 from surgeon.errors import InputError, SurgeonError, UsageError, Where
 from surgeon.structure.check import is_uniform, shapes
 from surgeon.structure.cut import Cut, LayerShape
@@ -196,6 +196,8 @@ def check_hidden(cut: Cut, structure: Structure, config: Config) -> None:
         )
     record = architectures.get(family)
     assert record is not None
+    if record.only_depth:
+        raise _no_hidden(record.only_depth, "prune layers")
     if record.settings(config).flag("add_cross_attention"):
         raise _no_hidden(f"this {family} model has cross-attention")
     if family in DERIVED_HEAD_DIM:
@@ -238,9 +240,9 @@ def _drop_prediction_layers(result: dict[str, Any], structure: Structure) -> Non
     """Layers that predict further tokens read the last layer of the whole model; `views` leaves them out."""
     record = architectures.get(structure.model_type)
     assert record is not None
-    if record.extra_layers(record.settings(result)):
-        for key in [key for key in PREDICTION_LAYERS if key in result] or PREDICTION_LAYERS[:1]:
-            result[key] = 0
+    stated = [key for key in PREDICTION_LAYERS if result.get(key)]
+    for key in stated or (PREDICTION_LAYERS[:1] if record.extra_layers(record.settings(result)) else ()):
+        result[key] = 0
 
 
 def _blocks(structure: Structure, cut: Cut) -> Entries:

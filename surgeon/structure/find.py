@@ -89,9 +89,14 @@ def structure_of(checkpoint: Checkpoint) -> Structure:
             {f"{start}{number}.{norm}.{part}" for norm in norms for part in ("weight", "bias")}
             for norms in record.branch_norms
         ]
-        found = _attention(checkpoint, number, tensors, geometry, branches[0])
+        found: Attention | str
+        channels: Ffn | str
+        if record.only_depth:
+            found, channels = (f"{part}: {record.only_depth}" for part in ("attention", "ffn"))
+        else:
+            found = _attention(checkpoint, number, tensors, geometry, branches[0])
+            channels = _ffn(checkpoint, number, tensors, branches[1])
         attention.append(found if isinstance(found, Attention) else None)
-        channels = _ffn(checkpoint, number, tensors, branches[1])
         ffn.append(channels if isinstance(channels, Ffn) else None)
         reasons += [(number, part) for part in (found, channels) if isinstance(part, str)]
     return Structure(
@@ -215,7 +220,17 @@ def _misfit(checkpoint: Checkpoint, name: str, fact: str) -> InputError:
     )  # fmt: skip
 
 
-WRITERS = frozenset({"attention_o", "cross_attention_o", "ffn_down", "expert_down", "shared_expert_down"})
+WRITERS = frozenset(
+    {
+        "attention_o",
+        "cross_attention_o",
+        "mixer_o",
+        "ffn_down",
+        "expert_down",
+        "expert_latent_o",
+        "shared_expert_down",
+    }
+)
 """Kinds of matrices through which a layer adds to the residual stream."""
 
 

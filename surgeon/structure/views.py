@@ -183,6 +183,7 @@ class PrunedView(CutView):
         self.tensors: dict[str, TensorInfo] = {}
         self.source_names: dict[str, str] = {}
         self._selections: dict[str, Selection] = {}
+        self._predicting = self._outside_predictors()
         kept = self._kept_indices()
         gone = self._gone()
         for name, info in self.source.tensors.items():
@@ -273,8 +274,21 @@ class PrunedView(CutView):
                     found.update(part.own)
         return frozenset(found)
 
+    def _outside_predictors(self) -> frozenset[str]:
+        """Return the tensors outside the layers that predict further tokens, if layers they build on are dropped."""
+        if len(self.cut.kept_layers) == self.structure.layers:
+            return frozenset()
+        _, layout = record_of(self.source)
+        found = {n for n, spec in layout.tensors.items() if spec.layer is None and spec.group.startswith("prediction")}  # fmt: skip
+        return frozenset(found & self.source.tensors.keys())
+
     def _renamed(self, name: str) -> str | None:
         """Return a tensor's name in the pruned model, None for one of a layer that is dropped."""
+        if name in self._predicting:
+            note = "the block that predicts further tokens from all layers is left out"
+            if note not in self.notes:
+                self.notes.append(note)
+            return None
         number, _, rest = name.removeprefix(self.structure.prefix).partition(".")
         if not name.startswith(self.structure.prefix) or not number.isdecimal() or not rest:
             return name

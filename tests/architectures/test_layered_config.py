@@ -70,7 +70,7 @@ def test_lists_and_counts_are_rebuilt_in_place_and_nothing_else_changes():
         "mlp_only_layers": [0, 3],
         "eos_token_id": [1, 2, 3, 4],
         "n_layer": 4,
-        "hybrid_override_pattern": "M*M-",
+        "hybrid_override_pattern": "*MM-",
         "a": None,
     }
     before = copy.deepcopy(config)
@@ -83,7 +83,7 @@ def test_lists_and_counts_are_rebuilt_in_place_and_nothing_else_changes():
         "n_layer": 3,
         "layer_types": ["s", "f", "f"],
         "mlp_only_layers": [0, 1, 2],
-        "hybrid_override_pattern": "M--",
+        "hybrid_override_pattern": "*--",
     }
     changed["z"]["a"].append(3)
     assert config == before
@@ -220,7 +220,30 @@ LIBRARY = [
     ("deepseek_v3", {"first_k_dense_replace": 2}),
     ("gpt2", {}),
     ("llama", {}),
-]
+    ("glm4_moe", {"first_k_dense_replace": 2}),
+    ("ernie4_5_moe", {}),
+    ("ernie4_5_moe", {"moe_layer_interval": 2}),
+    ("hunyuan_v1_moe", {"moe_topk": [1, 2, 3, 4, 1, 2]}),
+    ("minimax", {"layer_types": None}),
+    ("qwen3_next", {"layer_types": None}),
+    ("qwen3_next", {"layer_types": None, "full_attention_interval": 2}),
+    ("qwen3_5_moe_text", {"layer_types": None}),
+    ("jamba", {}),
+    ("llama4_text", {"moe_layers": None, "interleave_moe_layer_step": 2, "no_rope_layers": None}),
+    ("granitemoehybrid", {"layer_types": ["mamba", "attention"] * 3}),
+    ("kimi_linear", {"layer_types": None, "mlp_layer_types": None}),
+    ("lfm2_moe", {"layer_types": ["conv", "full_attention"] * 3}),
+    ("nemotron_h", {"layers_block_type": ["linear_attention", "moe", "full_attention", "mlp", "moe", "full_attention"]}),
+]  # fmt: skip
+
+MAY_REFUSE = (
+    "first_k_dense_replace",
+    "num_dense_layers",
+    "moe_layer_start_index",
+    "attn_layer_period",
+    "expert_layer_period",
+)
+"""Rules that not every choice of layers fits."""
 
 
 @pytest.mark.parametrize("implicit", [False, True], ids=["written", "implied"])
@@ -230,15 +253,19 @@ LIBRARY = [
 def test_the_library_reads_every_kept_layer_as_it_was(family, extra, implicit, source):
     """Loading the rewritten file gives each layer the attention type and the tensors of its source."""
     depth = {"n_layer": N} if family == "gpt2" else {"num_hidden_layers": N}
+    if family == "nemotron_h":
+        depth = {}
     values = {**tiny_models.FAMILIES[family], "mlp_only_layers": [], **extra, **depth}
     old = transformers.AutoConfig.for_model(family, **values)
     config = json.loads(old.to_json_string(use_diff=False))
-    if implicit:
+    config.pop("time_step_limit", None)  # infinite, which the file says in a way of its own
+    config |= {key: extra[key] for key in extra.keys() & {"full_attention_interval"}}  # the library drops it
+    if implicit and extra.get("layer_types") is None:
         config.pop("layer_types", None)
     try:
         changed = relayer_config(config, source)
     except InputError as refusal:
-        assert "first_k_dense_replace" in refusal.message
+        assert refusal.code == "E405" or any(key in refusal.message for key in MAY_REFUSE)
         return
     kind = changed.pop("model_type")
     new = transformers.AutoConfig.for_model(kind, **changed)
@@ -258,6 +285,45 @@ def by_layer(architecture, config) -> dict[int, dict[str, tuple[int, ...]]]:
         if spec.layer is not None and spec.layer < count:
             found.setdefault(spec.layer, {})[layer_of(name).rest] = spec.shape
     return found
+
+
+def test_kimi_counts_the_layers_of_its_kinds_from_one():
+    config = {
+        "model_type": "kimi_linear",
+        "num_hidden_layers": 4,
+        "linear_attn_config": {"kda_layers": [1, 2, 4], "full_attn_layers": [3], "num_heads": 2},
+        "first_k_dense_replace": 1,
+    }
+    assert relayer_config(config, [0, 2, 3]) == {
+        **config,
+        "num_hidden_layers": 3,
+        "linear_attn_config": {"kda_layers": [1, 3], "full_attn_layers": [2], "num_heads": 2},
+    }
+    assert config["linear_attn_config"]["kda_layers"] == [1, 2, 4]
+
+
+def test_nemotron_counts_its_layers_by_a_list_or_a_pattern():
+    listed = {"model_type": "nemotron_h", "layers_block_type": ["mamba", "moe", "attention"], "mtp_layers_block_type": ["attention", "moe"]}  # fmt: skip
+    assert num_layers(listed) == 3
+    assert relayer_config(listed, [1, 2]) == {**listed, "layers_block_type": ["moe", "attention"]}
+    pattern = {"model_type": "nemotron_h", "num_hidden_layers": 4, "hybrid_override_pattern": "ME*-", "mtp_hybrid_override_pattern": "*E"}  # fmt: skip
+    assert relayer_config(pattern, [0, 2]) == {**pattern, "num_hidden_layers": 2, "hybrid_override_pattern": "M*"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("config", "source"),
+    [
+        ({"num_hidden_layers": 3, "layer_types": ["mamba", "attention", "mamba"]}, [0, 2]),
+        ({"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]}, [0]),
+        ({"num_hidden_layers": 5, "model_type": "qwen3_next"}, [0, 1, 2, 4]),
+        ({"num_hidden_layers": 4, "attn_layer_period": 4, "attn_layer_offset": 1}, [0, 2, 3]),
+        ({"hybrid_override_pattern": "M*E-"}, [0, 2, 3]),
+    ],
+)
+def test_a_hybrid_keeps_a_layer_of_attention(config, source):
+    with pytest.raises(InputError) as caught:
+        relayer_config(config, source)
+    assert caught.value.code == "E405" and "attention" in caught.value.message
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])

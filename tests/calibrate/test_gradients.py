@@ -120,7 +120,11 @@ def one_by_one(found, family):
     result = {}
     for name, value in found.items():
         start, _, leaf = name.rpartition(".")
-        if family == "granitemoe" and name.endswith(("input_linear.weight", "output_linear.weight")):
+        if (
+            family.startswith("granitemoe")
+            and "sparse" in name
+            and name.endswith(("input_linear.weight", "output_linear.weight"))
+        ):
             container = name.split("block_sparse_moe.")[0] + "block_sparse_moe.experts"
             for expert, matrix in enumerate(value):
                 if "input" in name:
@@ -129,6 +133,14 @@ def one_by_one(found, family):
                     result[f"{container}.{expert}.up_proj.weight"] = up
                 else:
                     result[f"{container}.{expert}.down_proj.weight"] = matrix
+        elif family == "llama4_text" and start.endswith("experts"):
+            for expert, matrix in enumerate(value):
+                if leaf == "gate_up_proj":  # [in, out], gate first
+                    gate, up = matrix.chunk(2, dim=1)
+                    result[f"{start}.{expert}.gate_proj.weight"] = gate
+                    result[f"{start}.{expert}.up_proj.weight"] = up
+                else:
+                    result[f"{start}.{expert}.down_proj.weight"] = matrix
         elif family == "gpt_oss" and start.endswith("mlp.experts"):
             ending = "bias" if leaf.endswith("_bias") else "weight"
             for expert, matrix in enumerate(value):
@@ -161,7 +173,10 @@ def errors_against_plain(model, family, samples, keeper, losses, scratch):
         received = {name for at, name in keeper.found if at == number}
         assert received <= set(expected)
         for name in set(expected) - received:
-            assert ".experts." in name and not expected[name].any(), name  # no tokens: a zero gradient
+            untouched = (
+                ".experts." in name or "correction_bias" in name
+            )  # no tokens; a bias that only chooses
+            assert untouched and not expected[name].any(), name
         for name in received:
             difference = float((keeper.found[number, name] - expected[name]).norm())
             # Some gradients are zero in exact arithmetic (key biases): they are noise of this size.
@@ -169,6 +184,21 @@ def errors_against_plain(model, family, samples, keeper, losses, scratch):
     return found
 
 
+FURTHER = (
+    "phimoe",
+    "glm4_moe",
+    "ernie4_5_moe",
+    "hunyuan_v1_moe",
+    "minimax_m2",
+    "minimax",
+    "qwen3_next",
+    "qwen3_5_moe_text",
+    "lfm2_moe",
+    "jamba",
+    "granitemoehybrid",
+    "kimi_linear",
+    "nemotron_h",
+)
 FAMILIES = [
     ("llama", {"tie_word_embeddings": False}),
     ("llama", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
@@ -192,6 +222,9 @@ FAMILIES = [
     ("deepseek_v3", {}),
     ("granitemoe", {"logits_scaling": 3.0, "embedding_multiplier": 2.0, "residual_multiplier": 0.5}),
     ("gpt_oss", {}),
+    ("llama4_text", {}),
+    *(pytest.param(family, {}, marks=pytest.mark.slow) for family in FURTHER),
+    pytest.param("granitemoeshared", {"logits_scaling": 3.0}, marks=pytest.mark.slow),
 ]
 
 
@@ -206,7 +239,8 @@ def test_every_gradient_equals_the_plain_models(scratch, family, extra):
     losses = gradients(checkpoint, samples, keeper, CPU)
     errors = errors_against_plain(model, family, samples, keeper, losses, scratch)
     worst = max(errors, key=errors.__getitem__)
-    assert errors[worst] < 1e-5, (worst, errors[worst])
+    tolerance = 1e-4 if family == "qwen3_next" else 1e-5  # its decays go through exponentials of sums
+    assert errors[worst] < tolerance, (worst, errors[worst])
 
 
 def test_gradients_of_a_trained_model_on_its_own_template(scratch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 import threading
@@ -16,7 +17,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "architectures"))
 from tiny_models import DECODER, FAMILIES, LATENT
-from walk_models import LENGTHS, Keeper, Nothing, Sums, model_folder, stock, texts
+from walk_models import LENGTHS, Keeper, Nothing, Sums, base_of, model_folder, stock, texts
 
 from surgeon.calibrate import head as head_module
 from surgeon.calibrate import skeleton as skeleton_module
@@ -29,8 +30,11 @@ from surgeon.errors import InputError, Interrupted
 
 ONE = Settings(threads=1, batch_tokens=64)
 
+LIKE_OTHERS = ("qwen3_5_moe_text", "kimi_k2", "granitemoeshared", "minimax_m2")
+"""Families that differ little from others; the full run tests them."""
+
 VARIANTS = [
-    *((family, (), "") for family in FAMILIES),
+    *((family, (), "") for family in FAMILIES if family not in LIKE_OTHERS),
     ("mistral", (("sliding_window", 6),), ""),
     ("gemma2", (("sliding_window", 6), ("final_logit_softcapping", 2.0), ("attn_logit_softcapping", 3.0)), ""),
     ("gemma3_text", (("sliding_window", 6), ("tie_word_embeddings", False)), ""),
@@ -48,6 +52,34 @@ VARIANTS = [
 ]  # fmt: skip
 
 
+GRANITE = (("block_sparse_moe.router", "block_sparse_moe.router.layer"),)
+MIXTRAL = ((".mlp.gate", ".block_sparse_moe.gate"),)
+RENAMED = {
+    "mixtral": MIXTRAL,
+    "minimax": MIXTRAL,
+    "minimax_m2": MIXTRAL,
+    "phimoe": ((".mlp.router", ".block_sparse_moe.gate"),),
+    "granitemoe": GRANITE,
+    "granitemoeshared": GRANITE,
+    "granitemoehybrid": GRANITE,
+    "kimi_linear": ((".mlp.", ".block_sparse_moe."), (".forget_gate", "")),
+    "nemotron_h": (("model.", "backbone."),),
+}
+"""What modules are called in memory, and in the files."""
+
+
+SLOW = [
+    *((family, (), "") for family in LIKE_OTHERS),
+    ("granitemoeshared", (("embedding_multiplier", 2.0), ("logits_scaling", 3.0), ("residual_multiplier", 0.5)), ""),
+    ("granitemoehybrid", (("position_embedding_type", "rope"), ("logits_scaling", 3.0), ("residual_multiplier", 0.5)), ""),
+    ("granitemoehybrid", (("num_local_experts", 0),), ""),
+    ("glm4_moe", (("use_qk_norm", True), ("routed_scaling_factor", 2.5), ("first_k_dense_replace", 0)), ""),
+    ("nemotron_h", (("moe_latent_size", 16), ("mlp_bias", True), ("use_bias", True)), ""),
+    ("minimax", (("num_hidden_layers", 4), ("layer_types", None)), "MiniMaxModel"),
+    ("jamba", (("mamba_proj_bias", True), ("num_hidden_layers", 4)), ""),
+]  # fmt: skip
+
+
 def name_of(variant):
     return "-".join([variant[0], variant[2], *(key for key, _ in variant[1])])
 
@@ -60,13 +92,9 @@ def close(found, wanted, tolerance=2e-5):
 
 def checkpoint_name(family, path):
     """Return the checkpoint's name of a module of the stock model."""
-    if family == "mixtral":
-        return path.replace(".mlp.gate", ".block_sparse_moe.gate")
-    return (
-        path.replace("block_sparse_moe.router", "block_sparse_moe.router.layer")
-        if family == "granitemoe"
-        else path
-    )
+    for inside, stored in RENAMED.get(family, ()):
+        path = path.replace(inside, stored)
+    return path
 
 
 def watched(model, family):
@@ -81,12 +109,16 @@ def watched(model, family):
         return keep
 
     for path, module in model.named_modules():
-        if isinstance(getattr(module, "weight", None), nn.Parameter) and not isinstance(module, nn.Embedding):
+        if isinstance(getattr(module, "weight", None), nn.Parameter) and not isinstance(
+            module, (nn.Embedding, nn.Conv1d)
+        ):
             module.register_forward_pre_hook(hook(path), with_kwargs=True)
     return found
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=name_of)
+@pytest.mark.parametrize(
+    "variant", [*VARIANTS, *(pytest.param(variant, marks=pytest.mark.slow) for variant in SLOW)], ids=name_of
+)
 def test_equals_the_stock_model(variant):
     family, extra, class_name = variant
     folder = model_folder(family, extra, class_name=class_name)
@@ -109,7 +141,7 @@ def test_equals_the_stock_model(variant):
         found = watched(model, family)
         with torch.no_grad():
             ids = torch.from_numpy(sample)[None]
-            wanted = model.base_model(ids).last_hidden_state[0]
+            wanted = base_of(model)(ids).last_hidden_state[0]
             close(hidden[number], wanted)
             close(single[number], wanted)
             if head is not None:
@@ -126,6 +158,91 @@ def test_equals_the_stock_model(variant):
     unexpected = {module for module in together.sums if module not in sums and ".experts." not in module}
     assert not unexpected
     assert len(sums) >= 3 * 5
+
+
+FURTHER = [family for family in FAMILIES if list(FAMILIES).index(family) >= list(FAMILIES).index("phimoe")]
+CORE = ("hunyuan_v1_moe", "lfm2_moe", "nemotron_h")
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(family, marks=() if family in CORE else pytest.mark.slow) for family in FURTHER]
+)
+def test_sixteen_bits_are_loaded_as_the_library_loads_them(family):
+    """The same precision for every tensor: routers, corrections and decays stay in float32 where the library says so."""
+    widths = {"moe_intermediate_size": 24} if "moe_intermediate_size" in FAMILIES[family] else {}
+    folder = model_folder(family, tuple((widths or {"intermediate_size": 24}).items()))
+    model = stock(folder, dtype=torch.bfloat16)
+    wanted = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    skeleton = Skeleton(open_path(folder), Settings(dtype="bfloat16", threads=1))
+    for layer in range(skeleton.layers):
+        with skeleton.loaded(layer) as module:
+            for name, value in [*module.named_parameters(), *module.named_buffers()]:
+                there = wanted[f"{skeleton.stack}.{layer}.{name}"]
+                assert value.dtype == there.dtype and torch.equal(value, there), name
+    ids = torch.from_numpy(np.stack(texts((24, 24))))
+    with Walk(open_path(folder), texts((24, 24)), Settings(dtype="bfloat16", threads=1)) as walk:
+        walk.run(Nothing())
+        found = torch.stack([states for _, states in walk.hidden()])
+    with torch.no_grad():
+        half = base_of(model)(ids).last_hidden_state.float()
+        exact = base_of(stock(folder))(ids).last_hidden_state
+    noise = (half - exact).norm() / exact.norm()
+    assert (found.float() - exact).norm() / exact.norm() < 1.5 * noise
+
+
+def published(family, tmp_path):
+    """Write a tiny model under the names and keys that its hub files have and the library does not write."""
+    from safetensors.torch import load_file, save_file
+
+    folder = model_folder(family)
+    config = json.loads((folder / "config.json").read_text())
+    tensors = load_file(folder / "model.safetensors")
+    if family == "kimi_linear":
+        for name in [name for name in tensors if re.search(r"block_sparse_moe\.(gate|up|down)_proj", name)]:
+            tensors[name.replace("block_sparse_moe", "mlp")] = tensors.pop(name)
+        for key in (
+            "layer_types",
+            "mlp_layer_types",
+            "linear_head_dim",
+            "linear_num_heads",
+            "linear_conv_kernel_dim",
+        ):
+            del config[key]
+        config["first_k_dense_replace"] = 1
+        config["linear_attn_config"] = {"kda_layers": [1, 3], "full_attn_layers": [2], "head_dim": 6, "num_heads": 4, "short_conv_kernel_size": 4}  # fmt: skip
+    else:
+        del config["layers_block_type"], config["time_step_limit"]
+        config |= {
+            "num_hidden_layers": 5,
+            "hybrid_override_pattern": "ME*-E",
+            "mamba_d_conv": config.pop("conv_kernel"),
+        }
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+@pytest.mark.parametrize("family", ["kimi_linear", "nemotron_h"])
+def test_published_names_and_keys_give_the_same_model(family, tmp_path):
+    runs = []
+    for folder in (model_folder(family), published(family, tmp_path)):
+        with Walk(open_path(folder), texts(), ONE) as walk:
+            walk.run(Nothing())
+            runs.append(torch.cat([states for _, states in walk.hidden()]))
+    assert torch.equal(*runs)
+
+
+def test_a_missing_part_of_a_joined_parameter_is_named(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = model_folder("kimi_linear")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.2.self_attn.k_conv1d.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    shutil.copy(folder / "config.json", tmp_path)
+    with pytest.raises(InputError) as caught:
+        Skeleton(open_path(tmp_path), ONE)
+    assert caught.value.code == "E382" and "model.layers.2.self_attn.conv1d" in caught.value.message
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "deepseek_v3", "gpt_oss"])

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from walk_models import Keeper, Sums, model_folder, stock, texts
+from walk_models import Keeper, Sums, base_of, model_folder, stock, texts
 
 from surgeon.calibrate.experts import usual_rows
 from surgeon.calibrate.skeleton import Skeleton
@@ -29,52 +29,114 @@ FAMILIES = [
     "granitemoe",
     "gpt_oss",
 ]
-NAMES = {"mixtral": ("w1", "w3", "w2")}
+FURTHER = [
+    "phimoe",
+    "glm4_moe",
+    "ernie4_5_moe",
+    "hunyuan_v1_moe",
+    "minimax_m2",
+    "minimax",
+    "qwen3_next",
+    "qwen3_5_moe_text",
+    "lfm2_moe",
+    "jamba",
+    "llama4_text",
+    "granitemoeshared",
+    "granitemoehybrid",
+    "kimi_linear",
+    "kimi_k2",
+    "nemotron_h",
+]
+"""Families of which the default run does less."""
+
+ALL = [*FAMILIES, *(pytest.param(family, marks=pytest.mark.slow) for family in FURTHER)]
+PARTS = ("gate_proj", "up_proj", "down_proj")
+MIXTRAL = ("block_sparse_moe", ("w1", "w3", "w2"), "mlp")
+PLACES = {
+    **dict.fromkeys(("mixtral", "minimax", "minimax_m2", "phimoe", "kimi_linear"), MIXTRAL),
+    **dict.fromkeys(("granitemoe", "granitemoeshared", "granitemoehybrid"), ("block_sparse_moe", PARTS, "block_sparse_moe")),
+    "lfm2_moe": ("feed_forward", ("w1", "w3", "w2"), "feed_forward"),
+    "jamba": ("feed_forward", PARTS, "feed_forward"),
+    "llama4_text": ("feed_forward", PARTS, "feed_forward"),
+    "nemotron_h": ("mixer", ("up_proj", "up_proj", "down_proj"), "mixer"),
+}  # fmt: skip
+"""Block in the files, names of gate, up and down there, block in memory; Nemotron-H has no gate."""
+
+
+def place_of(family, hub, layer):
+    block, parts, memory = PLACES.get(family, ("mlp", PARTS, "mlp"))
+    prefix = "backbone" if family == "nemotron_h" and hub else "model"
+    return (
+        f"{prefix}.layers.{layer}.{block if hub else memory}",
+        parts if hub or family == "nemotron_h" else PARTS,
+    )
 
 
 def weights_of(tensors, family, hub, layer, expert):
     """Return gate, up, down [out, in] and their biases of one expert, straight from the file."""
-    block = f"model.layers.{layer}."
+    place, parts = place_of(family, hub, layer)
+    stacked = {
+        part: tensors[f"{place}.experts.{part}"][expert]
+        for part in ("gate_up_proj", "up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
+        if f"{place}.experts.{part}" in tensors
+    }
     if family == "gpt_oss":
-        both, down = (
-            tensors[f"{block}mlp.experts.gate_up_proj"][expert],
-            tensors[f"{block}mlp.experts.down_proj"][expert],
+        both, bias = stacked["gate_up_proj"], stacked["gate_up_proj_bias"]
+        return (both[:, ::2].T, both[:, 1::2].T, stacked["down_proj"].T), (bias[::2], bias[1::2], stacked["down_proj_bias"])  # fmt: skip
+    if family == "llama4_text":
+        return (*(half.T for half in stacked["gate_up_proj"].chunk(2, dim=1)), stacked["down_proj"].T), (
+            0,
+            0,
+            0,
         )
-        bias = tensors[f"{block}mlp.experts.gate_up_proj_bias"][expert]
-        return (both[:, ::2].T, both[:, 1::2].T, down.T), (bias[::2], bias[1::2], tensors[f"{block}mlp.experts.down_proj_bias"][expert])  # fmt: skip
-    if family == "granitemoe" and hub:
-        both = tensors[f"{block}block_sparse_moe.input_linear.weight"][expert]
-        return (*both.chunk(2), tensors[f"{block}block_sparse_moe.output_linear.weight"][expert]), (0, 0, 0)
-    if not hub:
-        inside = "block_sparse_moe" if family == "granitemoe" else "mlp"
-        both = tensors[f"{block}{inside}.experts.gate_up_proj"][expert]
-        return (*both.chunk(2), tensors[f"{block}{inside}.experts.down_proj"][expert]), (0, 0, 0)
-    inside = "block_sparse_moe" if family == "mixtral" else "mlp"
-    parts = NAMES.get(family, ("gate_proj", "up_proj", "down_proj"))
-    return tuple(tensors[f"{block}{inside}.experts.{expert}.{part}.weight"] for part in parts), (0, 0, 0)
+    if f"{place}.input_linear.weight" in tensors:
+        both = tensors[f"{place}.input_linear.weight"][expert]
+        return (*both.chunk(2), tensors[f"{place}.output_linear.weight"][expert]), (0, 0, 0)
+    if family == "nemotron_h" and stacked:
+        return (stacked["up_proj"], stacked["up_proj"], stacked["down_proj"]), (0, 0, 0)
+    if stacked:
+        return (*stacked["gate_up_proj"].chunk(2), stacked["down_proj"]), (0, 0, 0)
+    return tuple(tensors[f"{place}.experts.{expert}.{part}.weight"] for part in parts), (0, 0, 0)
 
 
 def names_of(family, hub, layer, expert):
-    inside = "block_sparse_moe" if family == "granitemoe" or (family == "mixtral" and hub) else "mlp"
-    parts = NAMES[family] if family in NAMES and hub else ("gate_proj", "up_proj", "down_proj")
-    return [f"model.layers.{layer}.{inside}.experts.{expert}.{part}" for part in parts]
+    place, parts = place_of(family, hub, layer)
+    return [f"{place}.experts.{expert}.{part}" for part in parts]
 
 
 def routes(model, ids):
-    """Return layer -> (hidden, chosen experts) as the stock model's expert modules get them."""
+    """Return layer -> (hidden, chosen experts, weights on the way in) as the stock model's experts get them."""
     found = {}
     for path, module in model.named_modules():
-        if path.endswith(".experts"):
-            layer = int(re.search(r"layers\.(\d+)", path)[1])
+        layer = int((re.search(r"layers\.(\d+)", path) or [0, 0])[1])
+        if path.endswith(".experts") and not hasattr(module, "has_gate"):  # Llama 4: the block decides
+            block = model.get_submodule(path.rpartition(".")[0])
+
+            def scores(block, args, layer=layer):
+                hidden = args[0].reshape(-1, args[0].shape[-1])
+                given = block.router(hidden)[0]
+                top = given.topk(block.top_k, dim=1)
+                found[layer] = (hidden, top.indices, top.values)
+
+            block.register_forward_pre_hook(scores)
+        elif path.endswith(".experts"):
 
             def keep(module, args, kwargs, layer=layer):
                 values = [*args, *kwargs.values()]
-                found[layer] = (values[0], values[1])
+                found[layer] = (values[0], values[1], torch.ones(values[1].shape))
 
             module.register_forward_pre_hook(keep, with_kwargs=True)
     with torch.no_grad():
-        model.base_model(ids)
+        base_of(model)(ids)
     return found
+
+
+def gated(family, a, b):
+    """Return what an expert's activation function makes of gate and up."""
+    if family == "gpt_oss":
+        a, b = a.clamp(max=7.0), b.clamp(-7.0, 7.0)
+        return (b + 1) * a * torch.sigmoid(1.702 * a)
+    return torch.relu(b) ** 2 if family == "nemotron_h" else torch.nn.functional.silu(a) * b
 
 
 def close(found, wanted):
@@ -90,6 +152,7 @@ def close(found, wanted):
         ("mixtral", False),
         ("qwen3_moe", False),
         ("granitemoe", False),
+        *(pytest.param(family, hub, marks=pytest.mark.slow) for family in FURTHER for hub in (True, False)),
     ],
 )
 def test_every_expert_shows_its_own_tokens(family, hub, stream):
@@ -103,7 +166,7 @@ def test_every_expert_shows_its_own_tokens(family, hub, stream):
     model = stock(folder)
     checked = set()
     for number, sample in enumerate(samples):
-        for layer, (hidden, chosen) in routes(model, torch.from_numpy(sample)[None]).items():
+        for layer, (hidden, chosen, scales) in routes(model, torch.from_numpy(sample)[None]).items():
             for expert in range(int(chosen.max()) + 1):
                 rows = (chosen == expert).any(dim=1)
                 names = names_of(family, hub, layer, expert)
@@ -113,24 +176,29 @@ def test_every_expert_shows_its_own_tokens(family, hub, stream):
                 (gate, up, down), (gate_bias, up_bias, down_bias) = weights_of(
                     tensors, family, hub, layer, expert
                 )
-                x = hidden[rows]
+                x = hidden[rows] * scales[chosen == expert][:, None]
                 a, b = x @ gate.T + gate_bias, x @ up.T + up_bias
                 for name, wanted in zip(names, (a, b), strict=False):
                     close(keeper.inputs[name, number], x)
                     close(keeper.outputs[name, number], wanted)
                 entering = keeper.inputs[names[2], number]
                 close(keeper.outputs[names[2], number], entering @ down.T + down_bias)
-                if family == "gpt_oss":
-                    a, b = a.clamp(max=7.0), b.clamp(-7.0, 7.0)
-                    close(entering, (b + 1) * a * torch.sigmoid(1.702 * a))
-                else:
-                    close(entering, torch.nn.functional.silu(a) * b)
+                close(entering, gated(family, a, b))
                 checked.update(names)
     shown = {module for module, _ in keeper.inputs if ".experts." in module}
-    assert shown == checked and len(checked) >= 3 * 4
+    assert shown == checked and len(checked) >= 3 * 4 - (family == "nemotron_h") * 4
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [
+        *FAMILIES,
+        *(
+            pytest.param(family, marks=() if family in ("llama4_text", "nemotron_h") else pytest.mark.slow)
+            for family in FURTHER
+        ),
+    ],
+)
 def test_streaming_experts_changes_no_bit(family):
     checkpoint = open_path(model_folder(family))
     found = []
@@ -143,12 +211,22 @@ def test_streaming_experts_changes_no_bit(family):
             sums = Sums()
             walk.run(sums)
             found.append((sums, torch.cat([states for _, states in walk.hidden()])))
-    assert torch.equal(found[0][1], found[1][1]) and torch.equal(found[0][1], found[2][1])
+    assert (
+        found[0][0].sums and torch.equal(found[0][1], found[1][1]) and torch.equal(found[0][1], found[2][1])
+    )
     assert found[0][0].rows == found[1][0].rows == found[2][0].rows
     assert found[0][0].equal(found[1][0])
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "mixtral",
+        "qwen3_moe",
+        "gpt_oss",
+        *(pytest.param(family, marks=pytest.mark.slow) for family in FURTHER),
+    ],
+)
 def test_both_storages_give_the_same_result(family):
     runs = []
     for hub in (True, False):
@@ -158,7 +236,7 @@ def test_both_storages_give_the_same_result(family):
     assert torch.equal(*runs)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL)
 @pytest.mark.parametrize("hub", [True, False])
 def test_pieces_put_the_file_together_again(family, hub):
     """Every element of a layer's parameters belongs to exactly one piece, and equals the file there."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import sys
 import tempfile
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "architectures"))
-from tiny_models import build
+from tiny_models import LIBRARY, build, save
 
 LENGTHS = (13, 17, 17, 18, 5)
 """Two equal, two nearly equal (padded together), two others."""
@@ -40,18 +41,28 @@ def model_folder(family: str, extra: tuple = (), hub_names: bool = True, class_n
     )
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in [*model.parameters(), *(b for n, b in model.named_buffers() if "correction" in n)]:
+        corrections = (b for n, b in model.named_buffers() if "correction" in n or n.endswith("expert_bias"))
+        for parameter in [*model.parameters(), *corrections]:
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(1 + 0.3 * noise if parameter.ndim == 1 else 0.25 * noise)
     model.tie_weights()
-    model.save_pretrained(folder, save_original_format=hub_names)
+    save(model, family, folder, hub_names)
     return folder
 
 
 def stock(folder: Path, **options):
     """Load a folder the way everybody does."""
-    kind = getattr(transformers, transformers.AutoConfig.from_pretrained(folder).architectures[0])
+    config = json.loads((folder / "config.json").read_text())
+    kind = getattr(transformers, config["architectures"][0])
+    if config["model_type"] in LIBRARY:
+        library = {**config, "model_type": LIBRARY[config["model_type"]]}
+        options["config"] = kind.config_class.from_dict(library)
     return kind.from_pretrained(folder, **options).eval()
+
+
+def base_of(model):
+    """Return the part of a stock model without its head; Llama 4 names another part than it has."""
+    return model.model if type(model).__name__ == "Llama4ForCausalLM" else model.base_model
 
 
 class Keeper:

@@ -339,7 +339,9 @@ def test_D8_a_pruned_file_holds_the_slices_alone(scratch, prune):
 def test_E6_a_family_without_a_per_layer_reader_is_refused_before_any_work(family, scratch, prune, monkeypatch):  # fmt: skip
     source = runs.tiny(family, scratch / "model")
     with model_stays_still(monkeypatch):
-        ran = prune(source, "--sparsity", 0.4, "--layout", "per-layer", "-o", scratch / "out")
+        ran = prune(
+            source, "--method", "ziplm", "--sparsity", 0.4, "--layout", "per-layer", "-o", scratch / "out"
+        )
     assert ran.code == 3 and "error[E327]" in ran.err, ran.err
     assert f"no program loads {family} models with layers of different sizes" in ran.err
     assert "--layout uniform" in ran.err and ", ".join(per_layer.FAMILIES) in ran.err

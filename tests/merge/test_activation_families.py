@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -14,21 +15,42 @@ from surgeon.architectures import get
 from surgeon.calibrate.settings import Settings
 from surgeon.calibrate.statistics import MeanAbsolute, collect
 from surgeon.checkpoint.checkpoint import open_path
+from surgeon.errors import InputError
 from surgeon.merge import acm, aim
 from surgeon.traits import head_name, is_tied
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "architectures"))
 import tiny_models
 
+MIXERS = (
+    "minimax",
+    "qwen3_next",
+    "qwen3_5_moe_text",
+    "lfm2_moe",
+    "jamba",
+    "granitemoehybrid",
+    "kimi_linear",
+    "nemotron_h",
+)
+"""Families some of whose layers mix tokens by convolutions and decays, which no input channels are seen of."""
 ROUTED = [f for f in tiny_models.FAMILIES if any("expert" in key for key in tiny_models.FAMILIES[f])]
 
 
 @pytest.fixture(
-    scope="module", params=[*((f, True) for f in tiny_models.FAMILIES), *((f, False) for f in ROUTED)]
+    scope="module",
+    params=[
+        (f, hub)
+        for hub, families in ((True, tiny_models.FAMILIES), (False, ROUTED))
+        for f in families
+        if f not in MIXERS
+    ],
 )
 def model(request, tmp_path_factory):
     """A tiny model of a family as the hub stores it, and as the library holds it in memory."""
-    family, hub = request.param
+    return made(*request.param, tmp_path_factory)
+
+
+def made(family, hub, tmp_path_factory):
     transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(0)
     built = tiny_models.build(family).float().eval()
@@ -75,3 +97,21 @@ def test_a_model_and_itself_agree_in_every_layer(model):
         assert any("norm" in name or "ln_f" in name for name in named)
     head = head_name(base.tensors)
     assert is_tied(base) or head in named
+
+
+@pytest.mark.parametrize("family", MIXERS)
+def test_what_mixes_tokens_is_left_alone_and_said(family, tmp_path_factory):
+    _, base, samples = made(family, True, tmp_path_factory)
+    shapes = {name: info.shape for name, info in base.tensors.items()}
+    means = collect(base, samples, Settings(), MeanAbsolute())
+    found = aim.damping(shapes, base.config, means, 0.4, tied=bool(is_tied(base)))
+    silent = {*means.unreached, *found.unreached}
+    assert all(re.search(r"conv|dt_proj", name) for name in silent), silent
+    assert not any(name.removesuffix(".weight") in silent for name in found.factors)
+    assert any(re.search(r"experts|input_linear", name) for name in found.factors)
+    try:
+        scores, _ = acm.measure(base, base, samples, Settings())
+    except InputError as error:  # a layer that is nothing but a mixer has no MLP output to compare
+        assert error.code == "E389" and family in ("lfm2_moe", "jamba", "nemotron_h")
+    else:
+        assert set(scores.layers.values()) == {0.5}

@@ -280,7 +280,7 @@ def test_shapes_no_class_holds_are_refused_before_calibration(refused, scratch):
     refused("E367", 3, bert, "--sparsity", 0.3, "--structures", "heads")
     refused("E327", 3, gpt2, "--sparsity", 0.3, "--layout", "per-layer")
     assert "a bias" in refused("E369", 3, qwen, "--method", "width", "--sparsity", 0.3)
-    said = refused("E317", 3, mixtral, "--sparsity", 0.3, "--structures", "ffn")
+    said = refused("E317", 3, mixtral, "--method", "ziplm", "--sparsity", 0.3, "--structures", "ffn")
     assert "routed experts" in said and "leave ffn out" in said
     refused("E368", 3, runs.tiny("gemma2", scratch / "gemma2"), "--method", "width", "--criterion", "minitron",
             "--sparsity", 0.4, "--structures", "heads,ffn,hidden")  # fmt: skip

@@ -37,6 +37,20 @@ DENSE = (
     "bert",
 )
 ROUTED = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "gpt_oss")
+HEADED = ("phimoe", "glm4_moe", "ernie4_5_moe", "hunyuan_v1_moe", "minimax_m2", "granitemoeshared")
+ONLY_DEPTH = (
+    "minimax",
+    "qwen3_next",
+    "qwen3_5_moe_text",
+    "lfm2_moe",
+    "jamba",
+    "llama4_text",
+    "granitemoehybrid",
+    "kimi_linear",
+    "nemotron_h",
+)
+FURTHER = (*HEADED, *ONLY_DEPTH, "kimi_k2")
+"""Families tested in test_further_families: with heads that can be cut, and of which only whole layers can go."""
 STOCK_HEADS = tuple(f for f in (*DENSE, *ROUTED) if f not in ("gpt2", "bert", "olmoe"))
 """Families whose own class can hold a model with fewer heads beside the same residual stream."""
 

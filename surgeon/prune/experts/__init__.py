@@ -1,0 +1,1 @@
+"""Pruning of mixtures of experts: whole experts and expert channels, cut on stored bytes."""
