@@ -138,12 +138,10 @@ def statistics_of(bench: Bench, samples: Sequence[data.Sample], record: dict) ->
     file = bench.output / "routing.safetensors"
     if file.exists():
         return RoutingStatistics.load(file, bench.checkpoint)
-    begun = time.perf_counter()
     found = collect_statistics(
         bench.checkpoint, samples, Settings(threads=bench.threads), bench.experts, about=record
     )
     found.save(file)
-    bench.rows.setdefault("seconds", {})["one pass for all criteria"] = time.perf_counter() - begun
     return found
 
 
@@ -190,12 +188,12 @@ def mixed_choices(bench: Bench, statistics: RoutingStatistics, say: Callable[[st
             rows.append({"criterion": name, "share": share, **bench.row(found[name], chance)})
             say(f"{name} {share:.0%}: {rows[-1]['mean increase']['mean']:.3f}")
         for name in POOLED:
-            found[f"{name}, pooled"] = bench.losses(kept_by(bench, statistics, name, keep, POOL))
+            found[f"{name} (pooled)"] = bench.losses(kept_by(bench, statistics, name, keep, POOL))
             rows.append(
                 {
-                    "criterion": f"{name}, pooled",
+                    "criterion": f"{name} (pooled)",
                     "share": share,
-                    **bench.row(found[f"{name}, pooled"], chance),
+                    **bench.row(found[f"{name} (pooled)"], chance),
                 }
             )
         for name in MERGING:
@@ -312,9 +310,10 @@ def channel_choices(bench: Bench, samples: Sequence[data.Sample], say: Callable[
             rows.append(
                 {"criterion": f"random, mean of {CHANNEL_DRAWS}", "sparsity": share, "layout": layout, **row}
             )
+            names = [name for name in CHANNELS if layout == "ragged" or name != "heapr-all"]
             found = {
                 name: bench.losses(channels=narrowed(bench, measured.by(name), share, layout))
-                for name in CHANNELS
+                for name in names
             }
             for name, one in found.items():
                 row = bench.row(one, chance)
@@ -329,9 +328,7 @@ def channels_of(bench: Bench, samples: Sequence[data.Sample]) -> heapr.ChannelSc
     file = bench.output / "channels.safetensors"
     settings = Settings(threads=bench.threads)
     if not file.exists():
-        begun = time.perf_counter()
         heapr.channel_scores(bench.checkpoint, samples, settings, bench.experts).save(file)
-        bench.rows.setdefault("seconds", {})["one pass for channels"] = time.perf_counter() - begun
     return heapr.ChannelScores.load(file, heapr.about_of(bench.checkpoint, samples, settings))
 
 
@@ -467,7 +464,6 @@ def main() -> None:
         "parent": bench.row(bench.parent), "calibration": text.record, "blocks": {d: len(r) for d, r in held_out.items()},
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "machine": platform.machine()},
     }  # fmt: skip
-    bench.rows.setdefault("seconds", {})["all"] = time.perf_counter() - begun
     (options.output / "rows.json").write_text(json.dumps(bench.rows, indent=1) + "\n")
     options.page.write_text(page.render(bench.rows))
     say(f"wrote {options.page}")

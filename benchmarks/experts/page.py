@@ -30,11 +30,10 @@ def _model(rows: Mapping[str, Any]) -> str:
     recipe = training["recipe"]
     losses = ", ".join(f"{name} {value:.3f}" for name, value in rows["parent"]["loss"].items())
     blocks = next(iter(rows["blocks"].values()))
-    seconds = rows["seconds"]
     return f"""# Experts: what pruning keeps
 
 `python benchmarks/experts/compare.py MODEL --output OUT`, {rows["versions"]["machine"]}, torch {rows["versions"]["torch"]},
-transformers {rows["versions"]["transformers"]}; {seconds["all"] / 60:.0f} minutes on one core. The model is a Qwen3-MoE of {training["parameters"] / 1e6:.2f} million
+transformers {rows["versions"]["transformers"]}, one core. The model is a Qwen3-MoE of {training["parameters"] / 1e6:.2f} million
 parameters trained by `train.py` for {training["steps"]} steps ({training["tokens"]["seen"] / 1e6:.1f} million tokens, {training["seconds"] / 60:.0f} minutes): {recipe["layers"]} layers of {recipe["experts"]} experts
 of width {recipe["width"]}, {recipe["per_token"]} a token. Loss is nats per token on {blocks} blocks of {recipe["context"]} tokens a domain, of documents that neither
 training nor calibration saw; the model's own: {losses}. Calibration: {rows["calibration"]["samples"]} passages,
@@ -74,7 +73,7 @@ def _mixed(rows: Mapping[str, Any]) -> str:
 
 Loss by domain; the mean increase over domains; the difference of that to the mean of 20 random draws (negative: better than chance; for
 random itself: where 95 % of the draws' mean losses lie). "as good": the paired interval of the difference to the best of that share
-includes zero. stun, hc-smoe and m-smoe are measured on written models, everything else under masks.
+includes zero. Scores of the four domains are normalised and averaged, as `surgeon.prune` does it; "(pooled)" scores all text as one. stun, hc-smoe and m-smoe are measured on written models, everything else under masks.
 
 {table(["kept", "criterion", *domains, "mean increase", "against random", ""], found)}
 
@@ -156,7 +155,7 @@ def _channels(rows: Mapping[str, Any]) -> str:
 
 HEAPr's scores on the same calibration text, against the magnitude criterion and random channels (mean of {rows["random channel draws"]} draws). "uniform": every
 expert keeps equally many channels, which stock readers load; "global": one ranking over all layers and experts (the paper's), evaluated with
-the channels that go set to zero (heapr-all, the score times the expert's share of tokens, orders an expert's own channels as heapr does). Exact shares, without rounding widths for kernels.
+the channels that go set to zero (only there does heapr-all, the score times the expert's share of tokens, differ from heapr). Exact shares, without rounding widths for kernels.
 
 {table(["removed", "layout", "criterion", *domains, "mean increase", "against random", "against magnitude"], found)}"""
 

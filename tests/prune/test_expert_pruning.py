@@ -437,3 +437,48 @@ def test_an_unknown_family_is_cut_by_a_record_that_was_proposed(scratch, prune, 
         (scratch / "out" / "config.json").read_text().replace("brand_new_moe", "qwen3_moe")
     )
     assert logits(scratch / "out", IDS).isfinite().all()
+
+
+def test_J4_experts_that_no_token_reaches_go_first_and_are_named(scratch, prune):
+    model = made("gpt_oss", scratch / "model")
+    file = model / "model.safetensors"
+    weights = load_file(file)
+    for name, value in weights.items():
+        if name.endswith("router.bias"):
+            value[[1, 4, 6]] = -1e4
+    save_file(weights, file, metadata={"format": "pt"})
+    for method in ("reap", "easy-ep", "man", "frequency"):
+        found = prune(model, "--method", method, "--keep-experts", 5, out=scratch / method)
+        report = json.loads((scratch / method / "pruning.json").read_text())["layers"]
+        for layer in report.values():
+            assert layer["dropped"] == [1, 4, 6] and all(layer["tokens"][e] == 0 for e in (1, 4, 6))
+            assert all(np.isfinite(layer["scores"]))
+    found = prune(model, "--keep-experts", 6)
+    assert any("no token of the text was given" in remark for remark in found["members"][0]["remarks"])
+    assert all(ids == (0, 1, 2, 3, 5, 7) for ids in kept(scratch / "out").values()), "filled up by number"
+
+
+def test_J3_too_little_text_is_refused(model, prune, scratch):
+    for name, content, code in (
+        ("empty.jsonl", "", "E37"),
+        ("one.jsonl", json.dumps({"text": "three and four"}), "E314"),
+    ):
+        (scratch / name).write_text(content)
+        error = prune(model, "--keep-experts", 4, calibration=scratch / name, code=3)["error"]
+        assert error["code"].startswith(code), error
+
+
+@pytest.mark.parametrize("storage", ["hub", "fused"])
+def test_E5_E9_either_storage_gives_the_same_model_in_its_own_storage(storage, scratch, prune):
+    model = made("mixtral", scratch / "model", storage=storage)
+    prune(model, "--method", "reap", "--keep-experts", 5)
+    names = load_file(scratch / "out" / "model.safetensors").keys()
+    assert any("experts.4." in name for name in names) == (storage == "hub")
+    config = json.loads((scratch / "out" / "config.json").read_text())
+    source = json.loads((model / "config.json").read_text())
+    counted = {key for key in source if source[key] == 8 and "expert" in key}
+    assert counted and all(config[key] == 5 for key in counted) and config.keys() == source.keys()
+    other = made("mixtral", scratch / "other", storage="fused" if storage == "hub" else "hub")
+    prune(other, "--method", "reap", "--keep-experts", 5, out=scratch / "again")
+    assert kept(scratch / "out") == kept(scratch / "again")
+    assert torch.equal(logits(scratch / "out", IDS), logits(scratch / "again", IDS))
