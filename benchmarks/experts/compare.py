@@ -51,8 +51,8 @@ SHARES = (0.75, 0.5, 0.25)
 ROUTING = ("easy-ep", "reap", "reap-l2", "rean", "frequency", "gate-mass", "ean", "man", "msan")
 WEIGHTS = ("aimer", "router-distance", "router-norm")
 MERGING = ("stun", "hc-smoe", "m-smoe")
-POOLED = ("easy-ep", "reap", "man")
-POOL = "*"
+OTHERWISE = ("easy-ep", "reap", "man")
+"""Criteria measured in the other way of mixing domains, too."""
 BY_DOMAIN = ("easy-ep", "rean", "reap", "frequency", "gate-mass", "ean", "man")
 DEMONSTRATIONS = (5, 10, 25)
 SPARSITIES = (0.2, 0.25, 0.4, 0.5)
@@ -145,14 +145,14 @@ def statistics_of(bench: Bench, samples: Sequence[data.Sample], record: dict) ->
     return found
 
 
-def kept_by(bench: Bench, statistics: RoutingStatistics, name: str, keep: int, domain: str | None = None, seed: int = 0) -> Kept:  # fmt: skip
-    """Return what a criterion keeps: from all domains mixed, from one, or from all their text as one (`POOL`)."""
+def kept_by(bench: Bench, statistics: RoutingStatistics, name: str, keep: int, domain: str | None = None, seed: int = 0, how: criteria.Mix = "auto") -> Kept:  # fmt: skip
+    """Return what a criterion keeps: from all domains mixed, or from one."""
     criterion, kept = criteria.get(name), {}
     for layer in bench.masked.layers:
-        seen = statistics.total(layer) if domain in (None, POOL) else statistics.domains[domain][layer]
+        seen = statistics.total(layer) if domain is None else statistics.domains[domain][layer]
         if criterion.needs == "routing":
             scores = (
-                criteria.mixed(statistics, criterion, layer=layer)
+                criteria.mixed(statistics, criterion, layer=layer, how=how)
                 if domain is None
                 else criterion.score(seen)
             )
@@ -187,13 +187,18 @@ def mixed_choices(bench: Bench, statistics: RoutingStatistics, say: Callable[[st
             found[name] = bench.losses(kept_by(bench, statistics, name, keep))
             rows.append({"criterion": name, "share": share, **bench.row(found[name], chance)})
             say(f"{name} {share:.0%}: {rows[-1]['mean increase']['mean']:.3f}")
-        for name in POOLED:
-            found[f"{name} (pooled)"] = bench.losses(kept_by(bench, statistics, name, keep, POOL))
+        for name in OTHERWISE:
+            label, how = (
+                (f"{name} (by domain)", "mean")
+                if criteria.get(name).averaged
+                else (f"{name} (pooled)", "pool")
+            )
+            found[label] = bench.losses(kept_by(bench, statistics, name, keep, how=how))
             rows.append(
                 {
-                    "criterion": f"{name} (pooled)",
+                    "criterion": label,
                     "share": share,
-                    **bench.row(found[f"{name} (pooled)"], chance),
+                    **bench.row(found[label], chance),
                 }
             )
         for name in MERGING:

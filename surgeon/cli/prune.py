@@ -93,8 +93,12 @@ def prune(
         typer.Option("--no-protect", help="Let super experts go like others: models collapse without them."),
     ] = False,
     mix: Annotated[
-        str, typer.Option("--mix", help="Scores over domains: mean, or max where none may be sacrificed.")
-    ] = "mean",
+        str,
+        typer.Option(
+            "--mix",
+            help="Scores over domains: mean, max where none may be sacrificed, or pool [means over tokens pool, sums take the mean].",
+        ),
+    ] = "auto",
     domain_weight: Annotated[
         list[str] | None, typer.Option("--domain-weight", help="NAME=WEIGHT of a domain in the mean.")
     ] = None,

@@ -200,11 +200,26 @@ def test_shrinking_happens_within_a_domain():
     found.domains["code"][7].tokens = np.array([8, 24])
     reap = get("reap")
     # code: means 1 and 1, shrunk to 1/2 and 3/4; prose: means 1 and 3, shrunk to 1/3 and 1
-    np.testing.assert_allclose(mixed(found, reap, layer=7, shrink=True), [(0.4 + 0.25) / 2, (0.6 + 0.75) / 2])
-    np.testing.assert_allclose(mixed(found, reap, layer=7), [(0.5 + 0.25) / 2, (0.5 + 0.75) / 2])
+    np.testing.assert_allclose(mixed(found, reap, layer=7, how="mean", shrink=True), [(0.4 + 0.25) / 2, (0.6 + 0.75) / 2])
+    np.testing.assert_allclose(mixed(found, reap, layer=7, how="mean"), [(0.5 + 0.25) / 2, (0.5 + 0.75) / 2])
     alone = RoutingStatistics({"code": found.domains["code"]}, {"model_layers": 8})
     np.testing.assert_allclose(mixed(alone, reap, layer=7, shrink=True), [0.5, 0.75])
     assert mixed(alone, get("rean"), layer=7, shrink=True).tolist() == [8.0, 24.0]  # no mean
+
+
+def test_means_over_tokens_pool_all_text_unless_told_otherwise():
+    found = domains(code=[8.0, 24.0], prose=[4.0, 12.0])
+    found.domains["code"][7].tokens = np.array([8, 24])
+    found.domains["prose"][7].tokens = np.array([1, 12])
+    pooled = [12 / 9, 36 / 36]
+    for name, expected in (("reap", pooled), ("rean", [0.25, 0.75])):
+        np.testing.assert_allclose(mixed(found, get(name), layer=7), expected)
+    np.testing.assert_allclose(mixed(found, get("reap"), layer=7, how="pool"), pooled)
+    np.testing.assert_allclose(mixed(found, get("rean"), layer=7, how="pool"), [12, 36])
+    weighted = mixed(found, get("reap"), layer=7, weights={"code": 1, "prose": 0})
+    np.testing.assert_allclose(weighted, [0.5, 0.5])  # weights mean that domains count by themselves
+    with pytest.raises(UsageError, match="no weights by domain"):
+        mixed(found, get("rean"), layer=7, how="pool", weights={"code": 1, "prose": 1})
 
 
 def test_a_domain_without_any_score_is_named():

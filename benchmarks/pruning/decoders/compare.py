@@ -92,10 +92,17 @@ def main() -> None:
         "batch": 4, "round_to": 32, "search_budget": 3.0,
     }  # fmt: skip
     tables = output / "work" / "ziplm, uniform" / "prune"  # its run measures the table for all
+    # An interrupted comparison goes on: methods whose rows are complete are not run again.
+    kept = output / "rows.json"
+    known = json.loads(kept.read_text()) if kept.is_file() else []
     rows = []
     order = sorted(METHODS, key=lambda name: name != "ziplm, uniform")
     for name in order:
         if options.only and options.only not in name and name != "ziplm, uniform":
+            continue
+        done = [row for row in known if row["method"] == name and row["target"] in targets]
+        if len(done) == len(targets):
+            rows += done
             continue
         rows += run(name, METHODS[name], options.parent, output, targets, common, tables, held_out, parent)
         write(output, rows, parent, options)

@@ -13,7 +13,7 @@ import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -22,6 +22,10 @@ from surgeon.experts.statistics import LayerStatistics, RoutingStatistics
 
 RARE = 8
 """Tokens below which a mean over an expert's tokens says little (see `shrunk`)."""
+
+
+Mix = Literal["auto", "mean", "max", "pool"]
+"""How several domains become one score."""
 
 
 @dataclass(frozen=True)
@@ -87,21 +91,23 @@ def mixed(
     criterion: Criterion,
     *,
     layer: int,
-    how: Literal["mean", "max"] = "mean",
+    how: Mix = "auto",
     weights: Mapping[str, float] | None = None,
     shrink: bool = False,
 ) -> np.ndarray:
     """Return the scores of one layer over several domains, float64 [E].
 
-    Each domain's scores are divided by their sum, so that none counts for more because its text is longer; then
-    they are averaged, or the largest is taken where no domain may suffer (EASY-EP, arXiv 2504.06792, section 3.3).
-    With one domain and no weights the scores are returned as they are.
+    By "mean" each domain's scores are divided by their sum, so that none counts for more because its text is longer,
+    and averaged; by "max" the largest is taken, where no domain may suffer (EASY-EP, arXiv 2504.06792, section 3.3). By
+    "pool" all text counts as one, as REAP calibrates. "auto" pools criteria that are means over an expert's tokens (they do
+    not grow with the text, and a domain in which an expert has few tokens would count as much as one in which it has many),
+    and takes the mean of the others. With one domain and no weights the scores are returned as they are.
 
     Args:
         statistics: of all layers and domains.
         criterion: one that needs routing.
         layer: the layer's number.
-        how: "mean" or "max".
+        how: "auto", "mean", "max" or "pool"; weights need one of the first three, and then "auto" is "mean".
         weights: domain -> its weight, for all domains; equal without.
         shrink: apply `shrunk` within each domain, to a criterion that is a mean.
 
@@ -111,8 +117,16 @@ def mixed(
     """
     if criterion.needs != "routing":
         raise ValueError(f"{criterion.name} does not look at text, so there are no domains to mix")
-    if how not in ("mean", "max"):
-        raise UsageError("E244", f"domains cannot be mixed by {how!r}", help='use "mean" or "max"')
+    if how not in get_args(Mix):
+        raise UsageError(
+            "E244", f"domains cannot be mixed by {how!r}", help="one of: " + ", ".join(get_args(Mix))
+        )
+    if how == "pool" and weights is not None:
+        raise UsageError("E244", "pooled text has no weights by domain", help='mix by "mean" or "max"')
+    if how == "pool" or (how == "auto" and weights is None and criterion.averaged):
+        whole = statistics.total(layer)
+        found = np.asarray(criterion.score(whole), np.float64)
+        return shrunk(found, whole.tokens) if shrink and criterion.averaged else found
     shares = _shares(statistics, weights)
     scores = {}
     for domain, table in statistics.domains.items():
@@ -121,7 +135,7 @@ def mixed(
     if len(scores) == 1:
         return next(iter(scores.values()))
     parts = [shares[domain] * _normalised(one, domain, layer) for domain, one in scores.items()]
-    return np.sum(parts, axis=0) if how == "mean" else np.max(parts, axis=0)
+    return np.max(parts, axis=0) if how == "max" else np.sum(parts, axis=0)
 
 
 def _normalised(scores: np.ndarray, domain: str, layer: int) -> np.ndarray:

@@ -81,7 +81,7 @@ class ExpertRequest(BaseModel):
     layout: Literal["uniform", "per-layer", "padded", "ragged"] = "uniform"
     round_to: int | Literal["auto"] = "auto"
     router: Literal["representative", "average", "mass"] | None = None
-    mix: Literal["mean", "max"] = "mean"
+    mix: Literal["auto", "mean", "max", "pool"] = "auto"
     domain_weight: tuple[str, ...] = ()
     protect: tuple[str, ...] = ()
     no_protect: bool = False

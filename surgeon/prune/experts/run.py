@@ -19,6 +19,7 @@ from surgeon.derive import Derived, Source, plan_of
 from surgeon.errors import InputError, SurgeonError, UsageError
 from surgeon.execute import Outcome, execute
 from surgeon.experts import masked
+from surgeon.experts.analysis import risk
 from surgeon.formats.dequantized import runnable
 from surgeon.output.manifest import MANIFEST
 from surgeon.plan import Plan
@@ -164,7 +165,12 @@ def _build(session: ExpertSession, target: Target | None, title: str) -> Member:
         sum(o.elements for o in outputs),
         sum(o.nbytes for o in outputs),
     )
-    member.remarks += [*choice.remarks, *decide.idle_remarks(session), *_protection(session)]
+    member.remarks += [
+        *choice.remarks,
+        *decide.idle_remarks(session),
+        *_protection(session),
+        *_risks(session, choice),
+    ]
     try:
         _compare(session, member)
     except InputError as error:
@@ -253,6 +259,21 @@ def _equal(session: ExpertSession, choice: Choice, pruned: Checkpoint, probes: A
     )
     return (f"compared with the source whose dropped parts are masked: {how} ({found.tokens} tokens; the whole source differs "
             f"by {found.differs_from_unmasked:.2g})")  # fmt: skip
+
+
+def _risks(session: ExpertSession, choice: Choice) -> list[str]:
+    """Say what is known of how dropping experts goes wrong."""
+    experts = session.experts
+    found = []
+    if choice.keep < 0.75 * experts.count:
+        found.append(
+            f"risk: {risk(experts, sum(info.elements for info in session.checkpoint.tensors.values()))}"
+        )
+    if session.request.method == "easy-ep" and session.needs_text and len(session.texts.held_out) == 1:
+        found.append(
+            "chosen for one domain: others suffer (published: DeepSeek-R1 halved for mathematics fell from 63 to 46 on LiveCodeBench, arXiv 2504.06792)"
+        )
+    return found
 
 
 def _protection(session: ExpertSession) -> list[str]:

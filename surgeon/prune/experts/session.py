@@ -154,6 +154,9 @@ class ExpertSession:
         counted = texts.record["statistics"]
         self.say(f"calibrating on {texts.record['name']}: {counted['samples']} samples, {counted['tokens']:,} tokens; "
                  f"{texts.record['held_out']['tokens']:,} tokens held out")  # fmt: skip
+        if r.method == "easy-ep" and not r.calibration:
+            self.warnings.append("easy-ep chooses for the domain of its text, and this text is general: give about 25 demonstrations "
+                                 "of yours (prompt and the model's own answer) with --calibration, or use --method reap")  # fmt: skip
         if r.method == "easy-ep" and counted["samples"] < 5:
             self.warnings.append(
                 f"{counted['samples']} demonstrations are few: the choice may change with others; 25 are usual"
