@@ -9,14 +9,14 @@ from typing import Any
 
 COMMANDS = {
     "merge": "Merge models: TIES, task arithmetic, SLERP, DARE, ... or a mergekit YAML.",
-    "prune": "Prune to a measured speedup, a size or a share: ZipLM, width, depth, LAPP-style, sparse.",
+    "prune": "Prune to a measured speedup, a size or a share: ZipLM, width, depth, sparse; experts: REAP, EASY-EP, HEAPr.",
     "edit": "Edit weights along a direction: ThinkEdit, projection, baked steering.",
     "export": "Write another form of a model, GGUF included, or a member of a nested family.",
     "run": "Run a recipe: mergekit YAML, with or without the key surgeon:.",
     "eval": "Measure accuracy, answer length, perplexity, KL; compare with a baseline, apply gates.",
     "measure": "Time a model: speed, speedup against another, latency tables, memory.",
     "report": "Turn results of eval into a page: HTML, Markdown, SVG or PNG.",
-    "inspect": "Show what a checkpoint holds.",
+    "inspect": "Show what a checkpoint holds, and how the experts of a mixture are used.",
     "diff": "Compare two checkpoints: structure, config, values, delta anatomy.",
     "verify": "Check a model: structure, config, index, hashes, values; load it in stock transformers.",
     "methods": "List methods, or show one method's page.",
