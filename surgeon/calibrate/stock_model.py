@@ -46,7 +46,7 @@ def build(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
                          help="use the model it was made from, or dequantize it first")  # fmt: skip
     clean = {key: value for key, value in config.items() if key not in ("auto_map", "_name_or_path", "dtype", "torch_dtype")}  # fmt: skip
     try:
-        parsed = CONFIG_MAPPING[library].from_dict(_with_infinities({**clean, "model_type": library}))
+        parsed = CONFIG_MAPPING[library].from_dict(with_infinities({**clean, "model_type": library}))
         parsed = parsed.get_text_config() if record.section else parsed
         kind = _class_of(parsed, config)
         with torch.device("meta"), _quiet():
@@ -99,13 +99,13 @@ def _class_of(parsed: Any, config: Mapping[str, Any]) -> Any:
     return usual[type(parsed)]
 
 
-def _with_infinities(value: Any) -> Any:
+def with_infinities(value: Any) -> Any:
     """Return a configuration with the infinite numbers that the library writes as {"__float__": "Infinity"}."""
     if isinstance(value, Mapping):
         if set(value) == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
             return float(value["__float__"])
-        return {key: _with_infinities(inner) for key, inner in value.items()}
-    return [_with_infinities(inner) for inner in value] if isinstance(value, list) else value
+        return {key: with_infinities(inner) for key, inner in value.items()}
+    return [with_infinities(inner) for inner in value] if isinstance(value, list) else value
 
 
 @contextmanager

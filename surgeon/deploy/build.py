@@ -13,6 +13,7 @@ import transformers
 from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from surgeon.calibrate.stock_model import with_infinities
 from surgeon.checkpoint.checkpoint import CONFIG_NAME
 from surgeon.checkpoint.header import printable
 from surgeon.checkpoint.strict_json import read_json_object
@@ -130,7 +131,7 @@ def classes(config: Mapping[str, Any]) -> tuple[Any, Any]:
         raise InputError(
             "E324", f"the library knows no {printable(str(model_type))} models", where=Where(file=CONFIG_NAME)
         )
-    parsed = CONFIG_MAPPING[str(model_type)].from_dict(clean)
+    parsed = CONFIG_MAPPING[str(model_type)].from_dict(with_infinities(clean))
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
     found = getattr(transformers, name, None) if name.isidentifier() else None

@@ -200,7 +200,9 @@ def test_shrinking_happens_within_a_domain():
     found.domains["code"][7].tokens = np.array([8, 24])
     reap = get("reap")
     # code: means 1 and 1, shrunk to 1/2 and 3/4; prose: means 1 and 3, shrunk to 1/3 and 1
-    np.testing.assert_allclose(mixed(found, reap, layer=7, how="mean", shrink=True), [(0.4 + 0.25) / 2, (0.6 + 0.75) / 2])
+    np.testing.assert_allclose(
+        mixed(found, reap, layer=7, how="mean", shrink=True), [(0.4 + 0.25) / 2, (0.6 + 0.75) / 2]
+    )
     np.testing.assert_allclose(mixed(found, reap, layer=7, how="mean"), [(0.5 + 0.25) / 2, (0.5 + 0.75) / 2])
     alone = RoutingStatistics({"code": found.domains["code"]}, {"model_layers": 8})
     np.testing.assert_allclose(mixed(alone, reap, layer=7, shrink=True), [0.5, 0.75])

@@ -482,3 +482,12 @@ def test_E5_E9_either_storage_gives_the_same_model_in_its_own_storage(storage, s
     prune(other, "--method", "reap", "--keep-experts", 5, out=scratch / "again")
     assert kept(scratch / "out") == kept(scratch / "again")
     assert torch.equal(logits(scratch / "out", IDS), logits(scratch / "again", IDS))
+
+
+def test_without_a_tokenizer_experts_can_still_go(model, prune, scratch):
+    for name in runs.TOKENIZER:
+        (model / name).unlink()
+    found = prune(model, "--method", "aimer", "--keep-experts", 4, "--no-protect", calibration=None)
+    assert any("not run here" in remark for remark in found["members"][0]["remarks"])
+    assert logits(scratch / "out", IDS).isfinite().all()
+    assert prune(model, "--keep-experts", 4, out=scratch / "b", code=3)["error"]["code"] == "E375"

@@ -12,11 +12,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
 from surgeon.architectures.layered_config import num_layers
 from surgeon.calibrate.activation_gradients import spilled_bytes
+from surgeon.calibrate.head import Head
 from surgeon.checkpoint.checkpoint import Checkpoint, open_path
+from surgeon.deploy.build import load
 from surgeon.derive import Derived, Source, plan_of
-from surgeon.errors import InputError, SurgeonError, UsageError
+from surgeon.errors import InputError, SurgeonError, UsageError, Where
 from surgeon.execute import Outcome, execute
 from surgeon.experts import masked
 from surgeon.experts.analysis import risk
@@ -30,12 +35,16 @@ from surgeon.prune.experts.request import ExpertRequest
 from surgeon.prune.experts.session import ExpertSession, Say, Tell
 from surgeon.prune.experts.widths import channel_parameters
 from surgeon.prune.places import locked, same_result
+from surgeon.prune.quality import last_states
 from surgeon.prune.request import Target
 from surgeon.structure.experts.cut import ExpertCut
 from surgeon.structure.experts.view import ExpertView
-from surgeon.system import peak_memory, physical_cores
+from surgeon.system import memory_budget, peak_memory, physical_cores
 from surgeon.traits import quantized
 from surgeon.verify.static import verify_path
+
+NOT_RUNNABLE = ("E375", "E380", "E381", "E382", "E445", "E446")
+"""Codes of models that cannot be run here: no tokenizer, no class, a quantized form that is not read."""
 
 ROUNDED = 0.05
 """Share of the largest logit by which rounding all weights to another type may move one."""
@@ -174,7 +183,7 @@ def _build(session: ExpertSession, target: Target | None, title: str) -> Member:
     try:
         _compare(session, member)
     except InputError as error:
-        if session.needs_text or error.code not in ("E380", "E381", "E445"):
+        if session.needs_text or error.code not in NOT_RUNNABLE:
             raise
         # What needs no run of the model may be applied to one that cannot be run here.
         member.remarks.append(
@@ -227,6 +236,7 @@ def _compare(session: ExpertSession, member: Member) -> None:
     pruned = runnable(open_path(folder, str(folder)))
     probes = candidate.probes([ids for one in held_out.values() for ids in one])
     member.remarks.append(_equal(session, choice, pruned, probes))
+    member.remarks += _loaded(session, folder, pruned, probes)
     session.tell("measuring quality", 0, 1)
     member.quality = quality.by_domain(
         session.runnable, pruned, held_out, session.plain_settings, stop=session.stop
@@ -259,6 +269,43 @@ def _equal(session: ExpertSession, choice: Choice, pruned: Checkpoint, probes: A
     )
     return (f"compared with the source whose dropped parts are masked: {how} ({found.tokens} tokens; the whole source differs "
             f"by {found.differs_from_unmasked:.2g})")  # fmt: skip
+
+
+def _loaded(session: ExpertSession, folder: Path, pruned: Checkpoint, probes: Any) -> list[str]:
+    """Load a candidate as a whole by its stock class, strictly, where memory allows, and compare it with what was streamed.
+
+    Raises:
+        InputError: E316 it computes something else; E324, E325 it does not load.
+    """
+    config = pruned.config or {}
+    elements = sum(info.elements for info in pruned.tensors.values())
+    if (
+        quantized(open_path(folder, str(folder)))
+        or config.get("auto_map")
+        or config.get("model_type") not in CONFIG_MAPPING
+    ):
+        return []
+    if len(session.experts.running) < len(session.experts.layers):
+        return []  # what predicts further tokens has no place in a stock class, whose loader calls it unexpected
+    if 5 * elements >= (session.request.memory_limit or memory_budget()):
+        return ["too large to be loaded as a whole here: it was streamed layer by layer"]
+    settings = replace(session.plain_settings, dtype="float32")
+    model: Any = load(folder, dtype=torch.float32)
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation(
+            "eager"
+        )  # the fast one has demands on widths, which are said elsewhere
+    with torch.inference_mode():
+        found = [model(torch.from_numpy(ids)[None]).logits[0] for ids in probes]
+    head = Head(pruned, settings).logits
+    expected = [head(states) for states in last_states(pruned, probes, settings, stop=session.stop)]
+    difference = max(
+        float((a - b).norm() / a.norm().clamp_min(1e-30)) for a, b in zip(expected, found, strict=True)
+    )
+    if not difference <= candidate.EXACT:
+        raise InputError("E316", f"the model that was written computes something else in its stock class: logits differ by {difference:.2g}",
+                         where=Where(str(folder)), help="this is a bug, or the disk changed the files; nothing was published")  # fmt: skip
+    return [f"loaded strictly by {type(model).__name__}: logits as streamed, to {difference:.1e}"]
 
 
 def _risks(session: ExpertSession, choice: Choice) -> list[str]:
