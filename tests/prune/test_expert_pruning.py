@@ -491,3 +491,41 @@ def test_without_a_tokenizer_experts_can_still_go(model, prune, scratch):
     assert any("not run here" in remark for remark in found["members"][0]["remarks"])
     assert logits(scratch / "out", IDS).isfinite().all()
     assert prune(model, "--keep-experts", 4, out=scratch / "b", code=3)["error"]["code"] == "E375"
+
+
+@pytest.mark.parametrize("method", ["reap", "heapr"])
+def test_an_interrupted_run_goes_on_and_ends_with_the_same_model(method, model, text, scratch):
+    import threading
+
+    import surgeon
+    from surgeon.errors import Interrupted
+
+    target = {"keep_experts": 4} if method == "reap" else {"sparsity": 0.25, "round_to": 2}
+    how = {
+        "method": method,
+        **target,
+        "calibration": (str(text),),
+        "samples": 8,
+        "sequence_length": 48,
+        "threads": 1,
+    }
+    surgeon.prune(model, scratch / "whole", **how)
+    stop, seen = threading.Event(), []
+
+    def tell(what, done, total):
+        seen.append((what, done))
+        if what in ("calibrating", "measuring channels") and done == 3:
+            stop.set()
+
+    with pytest.raises(Interrupted):
+        surgeon.prune(model, scratch / "out", progress=tell, stop=stop, **how)
+    assert not (scratch / "out").exists() and (scratch / "out.work").exists()
+    again = []
+    surgeon.prune(
+        model, scratch / "out", progress=lambda what, done, total: again.append((what, done)), **how
+    )
+    phase = seen[-1][0]
+    assert min(done for what, done in again if what == phase) > 1, "it went on where it had been left"
+    for name in ("model.safetensors", "config.json", "pruning.json"):
+        assert (scratch / "out" / name).read_bytes() == (scratch / "whole" / name).read_bytes()
+    assert not (scratch / "out.work").exists()

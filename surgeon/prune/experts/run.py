@@ -492,14 +492,17 @@ def _published(
             for name in ("perplexity", "kl", "top1")
             if name in members[0]["quality"]
         }
+    size = {
+        "parameters": sum(member["parameters"] for member in members), "bytes": sum(member["bytes"] for member in members),
+        "experts_per_layer": members[0]["experts_per_layer"] if len(members) == 1 else None,
+    }  # fmt: skip
     return {
         "output": {
             "path": None if destination is None else str(destination),
-            "models": {member["name"]: member["path"] for member in members if member["path"]},
-            "parameters": sum(member["parameters"] for member in members), "bytes": sum(member["bytes"] for member in members),
-            "experts_per_layer": members[0]["experts_per_layer"] if len(members) == 1 else None,
+            "models": {member["name"]: member["path"] for member in members if member["path"]}, **size,
             "sha256": digests, "unchanged": unchanged or bool(outcome and outcome.unchanged),
         },
+        "size": size,
         "members": members, "metrics": metrics, "warnings": list(dict.fromkeys(session.warnings)),
     }  # fmt: skip
 
