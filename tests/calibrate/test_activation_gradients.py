@@ -586,4 +586,4 @@ def test_the_peak_is_a_layer_or_less_of_the_model(tmp_path):
     assert size > 11 * layer > 600e6
     assert tight["total"] == pytest.approx(free["total"], rel=1e-4)
     assert free["peak"] < 4 * layer, (free["peak"], layer)
-    assert tight["peak"] < 2.5 * layer and tight["peak"] < free["peak"], (tight["peak"], free["peak"], layer)
+    assert tight["peak"] < 3 * layer and tight["peak"] < free["peak"], (tight["peak"], free["peak"], layer)
