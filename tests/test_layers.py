@@ -27,7 +27,7 @@ LEVELS = [
     {"experts"},
     {"deploy"},
     {"measure", "train"},
-    {"merge", "evaluate", "prune", "edit"},
+    {"merge", "evaluate", "prune", "edit", "quantize"},
     {"recipe", "report"},
     {"api"},
     {"cli", "__main__"},

@@ -2,7 +2,7 @@
 
     W_K = W0_K + W0_R H[R, K] H[K, K]^-1   ( = W0 H[:, K] H[K, K]^-1 )
 
-with the damped H (`surgeon.prune.damping`), H = mean of x x' over the inputs of the matrix.
+with the damped H (`surgeon.calibrate.damping`), H = mean of x x' over the inputs of the matrix.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from surgeon.prune.damping import dead_inputs, exact_products, factorise, shift
+from surgeon.calibrate.damping import dead_inputs, exact_products, factorise, shift
 
 CHUNK = 1 << 22
 """Elements of a large matrix handled at once."""
@@ -112,7 +112,7 @@ def ridge(
         known: [out, kept].
         hessian: [n, n], undamped.
         kept: int64 [kept], which of its rows and columns make the system.
-        shift_of: relative damping -> shift, float64 [kept] (`surgeon.prune.damping.shift`).
+        shift_of: relative damping -> shift, float64 [kept] (`surgeon.calibrate.damping.shift`).
         damp: relative damping, raised when the system cannot be solved.
         module: for messages.
 

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from surgeon.calibrate.damping import exact_products
 from surgeon.calibrate.statistics import finite
 from surgeon.checkpoint.header import Header, printable
 from surgeon.errors import InputError, Where
 from surgeon.prune.criteria import Moments
-from surgeon.prune.damping import exact_products
 from surgeon.prune.tensor_file import TensorFile, find, read
 
 FLOAT64_COLUMNS = 8192

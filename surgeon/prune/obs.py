@@ -5,7 +5,7 @@ K their best values leaves the error tr((W - W0) H (W - W0)'). The best values a
 
     W_K = W0_K + W0_R H[R, K] H[K, K]^-1   ( = W0 H[:, K] H[K, K]^-1 )
 
-with the damped H (`surgeon.prune.damping`). Minimising the damped error is the same as a ridge towards W0, so
+with the damped H (`surgeon.calibrate.damping`). Minimising the damped error is the same as a ridge towards W0, so
 keeping every column returns W0. The order is greedy: the unit whose removal costs least goes, the others take
 over its work, and so on (ZipLM, arXiv 2302.04089, section 3.1; OBC, arXiv 2208.11580, section 4).
 
@@ -30,10 +30,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from surgeon.calibrate.damping import exact_products
 from surgeon.checkpoint.header import printable
 from surgeon.errors import InputError, Where
 from surgeon.prune.closed_form import columns_of, mask_of, remaining_error
-from surgeon.prune.damping import exact_products
 from surgeon.prune.obs_state import State, Unstable
 
 BLOCK = 128

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from surgeon.calibrate.damping import dead_inputs, factorise, shift
 from surgeon.prune.closed_form import CHUNK, copy_part
-from surgeon.prune.damping import dead_inputs, factorise, shift
 
 
 class Unstable(Exception):

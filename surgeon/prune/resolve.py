@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from surgeon.calibrate.conditions import memory_faults, threads
+from surgeon.calibrate.damping import exact_products, shift
 from surgeon.calibrate.settings import Settings
 from surgeon.calibrate.statistics import finite
 from surgeon.calibrate.walk import Walk
@@ -34,7 +35,6 @@ from surgeon.checkpoint.header import Header, TensorInfo, printable
 from surgeon.errors import InputError, Interrupted, Where
 from surgeon.prune.closed_form import columns_of, ridge
 from surgeon.prune.criteria import read_output
-from surgeon.prune.damping import exact_products, shift
 from surgeon.prune.database import Database
 from surgeon.prune.tensor_file import TensorFile
 from surgeon.structure.cut import Cut, Kept

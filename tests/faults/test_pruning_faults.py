@@ -24,6 +24,7 @@ import pruning_runs as runs
 import torch
 from structure_models import DENSE, LATENT, ROUTED, STOCK_HEADS, groups_cut, opened
 
+from surgeon.calibrate.damping import dead_inputs
 from surgeon.calibrate.settings import Settings
 from surgeon.calibrate.skeleton import Skeleton
 from surgeon.calibrate.walk import Walk
@@ -32,7 +33,6 @@ from surgeon.errors import InputError, UsageError
 from surgeon.measure.workload import Workload
 from surgeon.prune import database
 from surgeon.prune.closed_form import solve
-from surgeon.prune.damping import dead_inputs
 from surgeon.prune.obs import removal_order
 from surgeon.structure.check import check
 from surgeon.structure.cut import Cut, LayerCut

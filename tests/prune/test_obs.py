@@ -13,8 +13,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import naive_obs
 
+from surgeon.calibrate import damping
 from surgeon.errors import InputError
-from surgeon.prune import closed_form, damping, obs
+from surgeon.prune import closed_form, obs
 from surgeon.prune.closed_form import error_of, solve
 from surgeon.prune.obs import removal_order
 

@@ -13,6 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "calibrate"))
 from walk_models import model_folder, stock
 
+from surgeon.calibrate.damping import damped
 from surgeon.calibrate.settings import Settings
 from surgeon.calibrate.skeleton import Skeleton
 from surgeon.calibrate.tokens import load_encoder
@@ -22,7 +23,6 @@ from surgeon.derive import Derived, Source, plan_of
 from surgeon.errors import InputError, Interrupted, UsageError
 from surgeon.execute import execute
 from surgeon.kernels.cast import widen
-from surgeon.prune.damping import damped
 from surgeon.prune.sparse import magnitude, owl, sparsegpt, wanda
 from surgeon.prune.sparse.masks import Pattern, holds, smallest, smallest_groups, smallest_rows
 from surgeon.prune.sparse.matrices import matrices_of, read_matrix

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from surgeon.calibrate.damping import damped, dead_inputs, escalated, exact_products, factorise
 from surgeon.errors import InputError, Where
-from surgeon.prune.damping import damped, dead_inputs, escalated, exact_products, factorise
 from surgeon.prune.sparse.masks import Pattern, share, smallest, smallest_rows
 
 BLOCK = 128

@@ -1,0 +1,1 @@
+"""Quantization: from a request to a Plan of packed tensors."""
