@@ -36,13 +36,31 @@ BITS = (2, 4, 8)
 
 
 def unpacked(words: np.ndarray, bits: int) -> np.ndarray:
-    """Return the codes in little-endian int32 words [..., n]: uint8 [..., n * 32 / bits], the lowest bits first."""
+    """Return the codes in little-endian int32 words [..., n]: uint8 [..., n * 32 // bits], the lowest bits first."""
+    if 8 % bits:
+        return _streamed(words, bits)
     packed = np.ascontiguousarray(words, dtype="<i4").view(np.uint8)
     if bits == 8:
         return packed
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
     codes = (packed[..., None] >> shifts) & np.uint8((1 << bits) - 1)
     return codes.reshape(*packed.shape[:-1], -1)
+
+
+def _streamed(words: np.ndarray, bits: int) -> np.ndarray:
+    """Unpack codes that may reach from one word into the next: 32 of them fill ``bits`` words."""
+    count = words.shape[-1]
+    padded = np.zeros((*words.shape[:-1], -(-count // bits) * bits), np.uint32)
+    padded[..., :count] = np.ascontiguousarray(words, dtype="<i4").view(np.uint32)
+    padded = padded.reshape(*words.shape[:-1], -1, bits)
+    codes = np.empty((*padded.shape[:-1], 32), np.uint8)
+    for lane in range(32):
+        word, shift = divmod(lane * bits, 32)
+        code = padded[..., word] >> np.uint32(shift)
+        if shift + bits > 32:
+            code = code | padded[..., word + 1] << np.uint32(32 - shift)
+        codes[..., lane] = code & np.uint32((1 << bits) - 1)
+    return codes.reshape(*words.shape[:-1], -1)[..., : count * 32 // bits]
 
 
 @dataclass(frozen=True)

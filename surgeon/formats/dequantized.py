@@ -24,7 +24,7 @@ from surgeon.checkpoint.checkpoint import Checkpoint
 from surgeon.checkpoint.dtypes import CONFIG_NAMES, DTYPES
 from surgeon.checkpoint.header import TensorInfo, printable
 from surgeon.errors import InputError, Where
-from surgeon.formats import awq, compressed_integers, fp8_block, gptq, mxfp4
+from surgeon.formats import awq, bnb_stored, compressed_integers, fp8_block, gptq, mxfp4
 from surgeon.formats.encoded import Encoded, Format, Scheme, unreadable
 from surgeon.traits import quantized, text_section
 
@@ -33,6 +33,7 @@ FORMATS: tuple[Format, ...] = (
     mxfp4.FORMAT,
     gptq.FORMAT,
     awq.FORMAT,
+    bnb_stored.FORMAT,
     compressed_integers.FORMAT,
 )
 SECTIONS = ("quantization_config", "compression_config")

@@ -122,7 +122,7 @@ def row_chunks(
 
 
 def strips(
-    checkpoint: Checkpoint, name: str, offset: int, rows: int, width: int
+    checkpoint: Checkpoint, name: str, offset: int, rows: int, width: int, whole: int = 1
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Yield (first row, [some rows, width]) over a part of a stored tensor, `STRIP` bytes at a time.
 
@@ -131,10 +131,11 @@ def strips(
     Args:
         offset: elements before the part.
         rows, width: of the part.
+        whole: rows that belong together; strips begin at a multiple of it.
     """
     carrier = DTYPES[checkpoint.tensors[name].dtype].carrier
     assert carrier is not None
-    step = max(1, STRIP // (width * carrier.itemsize))
+    step = max(whole, STRIP // (width * carrier.itemsize) // whole * whole)
     for row in range(0, rows, step):
         last = min(row + step, rows)
         yield row, checkpoint.read(name, offset + row * width, offset + last * width).reshape(-1, width)
@@ -205,5 +206,5 @@ def unreadable(checkpoint: Checkpoint, name: str | None, why: str) -> InputError
     return InputError(
         "E445", f"{checkpoint.label} is quantized in a form that cannot be read as plain numbers here: {why}",
         where=Where(checkpoint.label, tensor=printable(name) if name else None),
-        help="use the model it was made from, or one stored as FP8, MXFP4, GPTQ, AWQ or compressed-tensors integers",
+        help="use the model it was made from, or one stored as FP8, MXFP4, GPTQ, AWQ, bitsandbytes or compressed-tensors integers",
     )  # fmt: skip

@@ -27,7 +27,7 @@ from surgeon.formats.encoded import (
 )
 from surgeon.formats.input_major import InputMajor
 
-BITS = (2, 4, 8)
+BITS = (2, 3, 4, 8)
 VERSIONS = {"gptq": 1, "gptq_v2": 0, "auto_round:auto_gptq": 1}
 """checkpoint_format, or packing_format of auto-round -> what is added to a stored zero point."""
 
@@ -55,13 +55,16 @@ def _find(checkpoint: Checkpoint, scheme: Scheme) -> Iterator[Encoded]:
             raise unreadable(
                 checkpoint, payload, f"codes of {bits} bits; {', '.join(map(str, BITS))} can be read"
             )
-        inputs = info.shape[0] * 32 // bits
+        inputs, rest = divmod(info.shape[0] * 32, bits)
+        if rest or (32 % bits and (inputs % 32 or outputs % 32)):
+            misfit(checkpoint, scales, payload)
         parts = [payload, zeros, scales]
         if order in checkpoint.tensors:
             if checkpoint.tensors[order].shape != (inputs,):
                 misfit(checkpoint, payload, order)
             parts.append(order)
-        group = group_sizes(scheme, inputs, groups)
+        own = (scheme.get("extra_config") or {}).get(stem.removesuffix("."))  # auto-round: of this module
+        group = group_sizes({**scheme, **own} if isinstance(own, dict) else scheme, inputs, groups)
         if not group:
             misfit(checkpoint, payload, scales)
         yield InputMajor(

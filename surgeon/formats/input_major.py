@@ -13,6 +13,7 @@ import numpy as np
 
 from surgeon.checkpoint.checkpoint import Checkpoint
 from surgeon.checkpoint.dtypes import DTYPES
+from surgeon.formats.compressed_integers import unpacked
 from surgeon.formats.encoded import BLOCK, groups_of, numbers, strips
 from surgeon.kernels.cast import narrow
 
@@ -113,6 +114,11 @@ class InputMajor:
         if not self.down:
             for place, strip in strips(self.checkpoint, payload, 0, inputs, outputs * self.bits // 32):
                 yield place, self._across(strip, first, last)
+            return
+        if 32 % self.bits:  # codes reach from one word into the next
+            words = inputs * self.bits // 32
+            for place, strip in strips(self.checkpoint, payload, 0, words, outputs, self.bits):
+                yield place * 32 // self.bits, unpacked(strip[:, first:last].T, self.bits).T
             return
         each = 32 // self.bits
         shifts = np.arange(0, 32, self.bits, dtype=np.uint32)[:, None]

@@ -112,7 +112,7 @@ def test_package_packs_the_same_bytes(bits):
 
 
 @pytest.mark.parametrize("group", [32, 96, -1])
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_read_back(bits, group, tmp_path):
     codes = drawn((64, 192), int_(bits, group))
     tensors = {
@@ -122,6 +122,19 @@ def test_read_back(bits, group, tmp_path):
     config = auto_round.quantization_config({"model.layers.0.a": codes.scheme})
     view = dequantized(model_of(tmp_path, tensors, config))
     same_bits(whole(view, "model.layers.0.a.weight"), torch.from_numpy(codes.values()).to(torch.float16))
+
+
+def test_read_back_with_a_group_of_its_own(tmp_path):
+    """Two groups of 96, where the usual 128 would give two groups, too."""
+    own, usual = drawn((64, 192), int_(4, 96)), drawn((64, 256), int_(4, 128))
+    tensors, modules = {}, {}
+    for name, codes in {"layers.0.a": own, "layers.0.b": usual, "layers.0.c": usual}.items():
+        tensors |= {
+            f"{name}.{suffix}": torch.from_numpy(part) for suffix, part in auto_round.pack(codes).items()
+        }
+        modules[name] = codes.scheme
+    view = dequantized(model_of(tmp_path, tensors, auto_round.quantization_config(modules)))
+    same_bits(whole(view, "layers.0.a.weight"), torch.from_numpy(own.values()).to(torch.float16))
 
 
 def test_pack_wants_what_it_can_hold():

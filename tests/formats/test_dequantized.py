@@ -342,7 +342,7 @@ VALUES = drawn_bytes(32, 32, top=120).view(torch.float8_e4m3fn)
         ({"x_blocks": drawn_bytes(2, 3, 2, 16), "x_scales": drawn_bytes(2, 3, 1)}, {"quant_method": "mxfp4"}, "E446", "does not fit"),
         ({"x_blocks": drawn_bytes(2, 3, 2, 8), "x_scales": drawn_bytes(2, 3, 2)}, {"quant_method": "mxfp4"}, "E446", "does not fit"),
         ({"x": torch.rand(2, 64, 3), "x_blocks": drawn_bytes(2, 3, 2, 16), "x_scales": drawn_bytes(2, 3, 2)}, {"quant_method": "mxfp4"}, "E447", "both plain and quantized"),
-        ({"a.weight": drawn_bytes(512, 1), "a.weight.absmax": torch.rand(16)}, {"quant_method": "bitsandbytes"}, "E445", "bitsandbytes"),
+        ({"a.weight": drawn_bytes(512, 1), "a.weight.absmax": torch.rand(16)}, {"quant_method": "hqq"}, "E445", "hqq"),
         ({"a.weight": drawn_bytes(512, 1), "a.weight.absmax": torch.rand(16)}, None, "E445", "no tensor is stored"),
         ({"a.weight": torch.rand(4, 4)}, {"quant_method": "fp8"}, "E445", "no tensor is stored"),
         ({"a.weight": VALUES, "a.weight_scale": torch.rand(1), "b.weight_packed": drawn_bytes(4, 4)}, {"quant_method": "compressed-tensors"}, "E445", "b.weight_packed"),

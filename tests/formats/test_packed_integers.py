@@ -94,6 +94,18 @@ def test_gptq(bits, version, block, tmp_path, monkeypatch):
     ranges_agree(view, "a.weight")
 
 
+@pytest.mark.parametrize("block", [1, 3000, 1 << 22])
+def test_gptq_of_three_bits(block, tmp_path, monkeypatch):
+    """Codes reach from one word into the next."""
+    monkeypatch.setattr(input_major, "BLOCK", block)
+    monkeypatch.setattr(encoded, "STRIP", min(block, 1000))
+    tensors, expected = gptq_tensors(3, (96, 64), 16)
+    scheme = {"quant_method": "gptq", "bits": 3, "group_size": 16}
+    view = dequantized(model_of(tmp_path, tensors, scheme, torch_dtype="float16"))
+    same_bits(whole(view, "a.weight"), expected)
+    ranges_agree(view, "a.weight")
+
+
 @pytest.mark.parametrize("options", [
     {"symmetric": True, "order": False}, {"dtype": torch.bfloat16}, {"dtype": torch.float32}, {"order": False, "group": 20},
     {"order": False, "group": 40},
@@ -267,7 +279,7 @@ SCALES = torch.ones(8, 3)
         ({"a.qweight": WORDS[:0], "a.qzeros": ZEROS, "a.scales": HALVES}, {"quant_method": "gptq"}, "E446", "does not fit"),
         ({"a.weight_packed": ROWS[:0], "a.weight_scale": SCALES[:0], "a.weight_shape": torch.tensor([0, 48])}, None, "E446", "does not fit"),
         ({"a.qweight": WORDS[:5], "a.qzeros": ZEROS, "a.scales": HALVES}, {"quant_method": "gptq"}, "E446", "does not fit"),
-        ({"a.qweight": torch.zeros(6, 32, dtype=torch.int32), "a.qzeros": torch.zeros(3, 3, dtype=torch.int32), "a.scales": HALVES[:, :32]}, {"quant_method": "gptq"}, "E445", "3 bits"),
+        ({"a.qweight": torch.zeros(6, 32, dtype=torch.int32), "a.qzeros": torch.zeros(3, 5, dtype=torch.int32), "a.scales": HALVES[:, :32]}, {"quant_method": "gptq"}, "E445", "5 bits"),
         ({"a.qweight": WORDS, "a.qzeros": ZEROS, "a.scales": HALVES}, {"quant_method": "gptq", "checkpoint_format": "marlin"}, "E445", "marlin"),
         ({"a.qweight": WORDS, "a.qzeros": ZEROS, "a.scales": HALVES}, {"quant_method": "auto-round", "packing_format": "auto_round"}, "E445", "auto_round"),
         ({"a.qweight": WORDS, "a.qzeros": ZEROS, "a.scales": HALVES}, {"quant_method": "awq"}, "E445", "no tensor is stored"),
