@@ -8,6 +8,7 @@ and the configuration key to name when a shape does not fit.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -121,6 +122,7 @@ class Architecture:
         other_prefixes: further places of the base model, such as the library's own where the hub has another.
         section: key of the part of config.json that describes the language model; empty where that is all of it.
         beside: beginnings of the names of other parts (vision, projectors), which are not checked.
+        offset_norms: pattern of the norms whose weight w multiplies as 1 + w; empty where none does.
         only_depth: why only whole layers of the family can be taken out, never heads or channels; empty where they can.
     """
 
@@ -151,6 +153,7 @@ class Architecture:
     section: str = ""
     beside: tuple[str, ...] = ()
     only_depth: str = ""
+    offset_norms: str = ""
 
     def settings(self, config: Config) -> Settings:
         """Return the language model's configuration with this family's defaults behind it."""
@@ -248,6 +251,12 @@ class Architecture:
         tensors = self.expected(config) if names is None else self.layout(config, names).tensors
         found = {name for name, spec in tensors.items() if spec.axes[:1] == ("vocab",)}
         return sorted(found if names is None else found.intersection(names))
+
+    def norm_offset(self, name: str) -> float:
+        """Return what is added to a norm's weight before it multiplies: 1 or 0."""
+        return float(
+            bool(self.offset_norms and name.endswith(".weight") and re.search(self.offset_norms, name))
+        )
 
     def contradictions(self, config: Config) -> list[str]:
         """Return one sentence for each contradiction between keys of the configuration."""

@@ -27,6 +27,7 @@ def _layer(settings: Settings, index: int) -> Iterator[Tensor]:
 
 ARCHITECTURE = Architecture(
     model_type="gemma",
+    offset_norms="norm",
     prefix="model.",
     stack="layers",
     sizes=decoder_sizes,

@@ -29,6 +29,7 @@ def _layer(settings: Settings, index: int) -> Iterator[Tensor]:
 
 ARCHITECTURE = Architecture(
     model_type="gemma2",
+    offset_norms="norm",
     prefix="model.",
     stack="layers",
     sizes=decoder_sizes,

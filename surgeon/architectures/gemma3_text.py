@@ -31,6 +31,7 @@ def _layer(settings: Settings, index: int) -> Iterator[Tensor]:
 
 ARCHITECTURE = Architecture(
     model_type="gemma3_text",
+    offset_norms="norm",
     prefix="model.",
     stack="layers",
     sizes=decoder_sizes,

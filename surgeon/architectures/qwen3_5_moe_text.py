@@ -28,6 +28,7 @@ def _layer(settings: Settings, index: int) -> Iterator[Part]:
 
 ARCHITECTURE = Architecture(
     model_type="qwen3_5_moe_text",
+    offset_norms=qwen3_next.OFFSET_NORMS,
     prefix="model.",
     stack="layers",
     sizes=_sizes,

@@ -92,8 +92,12 @@ def _layer(settings: Settings, index: int) -> Iterator[Part]:
         yield from gated_mlp()
 
 
+OFFSET_NORMS = r"(?<!linear_attn\.)norm\.weight$"
+"""All norms but the gated one of linear attention."""
+
 ARCHITECTURE = Architecture(
     model_type="qwen3_next",
+    offset_norms=OFFSET_NORMS,
     prefix="model.",
     stack="layers",
     sizes=sizes,

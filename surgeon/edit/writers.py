@@ -23,8 +23,6 @@ _ATTENTION = ("attention_o",)
 _FFN = ("ffn_down", "expert_down", "shared_expert_down")
 _OTHER_WRITERS = ("mixer_o", "expert_latent_o")
 """Kinds of output projections of hybrid families, for which no edit is defined here."""
-_ONE_PLUS = ("gemma", "gemma2", "gemma3_text")
-"""Families whose norms multiply by 1 + weight."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +181,7 @@ def _writer(name: str, spec: Expected, checkpoint: Checkpoint, record: Architect
         norm = f"{name[: name.index(f'.{spec.layer}.')]}.{spec.layer}.{norms[1]}.weight"
     return Writer(
         name, int(spec.layer or 0), part, tuple(info.shape), spec.axes.index("hidden"), heads if part == "attention" else 1,
-        bias, norm, record.model_type in _ONE_PLUS,
+        bias, norm, norm is not None and record.norm_offset(norm) == 1.0,
     )  # fmt: skip
 
 

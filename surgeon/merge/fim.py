@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from surgeon.architectures import get
+from surgeon import architectures
 from surgeon.checkpoint.dtypes import DTYPES
 from surgeon.checkpoint.header import printable
 from surgeon.errors import InputError, Interrupted, UsageError, Where, close_matches
@@ -69,9 +69,6 @@ SENSITIVE = ("less", "more")
 
 BLOCK = 1 << 20
 """Elements of a task vector read at once."""
-
-_OFFSET_NORMS = {"gemma": 1.0, "gemma2": 1.0, "gemma3_text": 1.0}
-"""Families whose norms multiply by 1 + weight."""
 
 
 @dataclass(frozen=True)
@@ -218,7 +215,7 @@ def differences(base: Checkpoint, model: Checkpoint, stop: threading.Event | Non
         InputError: E357 two tensors of one name have different shapes.
     """
     found = Differences()
-    offset = _OFFSET_NORMS.get(str((base.config or {}).get("model_type")), 0.0)
+    record = architectures.get((base.config or {}).get("model_type"))
     tied, own, skipped = aliases(base), aliases(model), buffers(model)
     for name in sorted(model.tensors):
         if name in own or name in skipped:
@@ -240,7 +237,7 @@ def differences(base: Checkpoint, model: Checkpoint, stop: threading.Event | Non
             delta = new - old
             square += float(np.dot(delta, delta))
             if is_norm:
-                old += offset
+                old += record.norm_offset(stored) if record is not None else 0.0
                 lengths += float(np.dot(old, old))
                 cross += float(np.dot(old, delta))
         group = group_of(name)
@@ -392,7 +389,7 @@ def _scores(
 def _gates(base: Checkpoint) -> tuple[list[str], bool]:
     """Return globs of the gate projections, and whether some are stored together with up projections."""
     config = base.config or {}
-    record = get(config.get("model_type"))
+    record = architectures.get(config.get("model_type"))
     if record is None:
         return ["*.gate_proj.weight"], False
     expected = record.layout(config, list(base.tensors)).tensors

@@ -512,3 +512,31 @@ def test_model_on_the_meta_device_has_the_same_names():
         model = transformers.AutoModelForCausalLM.from_config(config)
     header = {name: ("BF16", tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
     assert check({**config.to_dict(), "architectures": ["Qwen3MoeForCausalLM"]}, header) == []
+
+
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+def test_norms_that_multiply_by_one_plus_their_weight_are_recorded(family):
+    model = tiny_models.build(family).float().eval()
+    record = architectures.get(family)
+    asked = 0
+    for path, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if "norm" not in type(module).__name__.lower() or "Gated" in type(module).__name__ or weight is None:
+            continue
+        inputs = torch.randn(3, 2, weight.shape[-1])
+        ones = torch.ones_like(weight)
+        with torch.no_grad():
+            weight.copy_(ones)
+            at_one = module(inputs)
+            weight.copy_(2 * ones)
+            at_two = module(inputs)
+        factor = float((at_two / at_one).nanmedian())  # 2 / 1, or 3 / 2 where one is added
+        asked += 1
+        assert record.norm_offset(f"{path}.weight") == (1.0 if abs(factor - 1.5) < 1e-3 else 0.0), (
+            path,
+            factor,
+        )
+        assert min(abs(factor - 1.5), abs(factor - 2)) < 1e-3 or getattr(module, "bias", None) is not None
+    assert asked
+    gated = [p for p, m in model.named_modules() if "NormGated" in type(m).__name__]
+    assert not any(record.norm_offset(f"{path}.weight") for path in gated)

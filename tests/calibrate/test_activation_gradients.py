@@ -546,6 +546,7 @@ from pathlib import Path
 import numpy as np, torch
 from surgeon.calibrate.activation_gradients import activation_gradients
 from surgeon.calibrate.settings import Settings
+from surgeon.calibrate.skeleton import Skeleton
 from surgeon.checkpoint.checkpoint import open_path
 from surgeon.system import peak_memory
 torch.set_num_threads(1)
@@ -556,6 +557,7 @@ class R:
     identity, total = "", 0.0
     def gated(self, found): self.total += float(found.gradients.square().sum())
 receiver = R()
+Skeleton(open_path(Path(sys.argv[1])), Settings())  # imports the model's own code, which is no work of the pass
 base = peak_memory()
 limit = int(sys.argv[2]) or None
 settings = Settings(threads=1, memory_limit=limit, batch_tokens=256)
@@ -585,5 +587,5 @@ def test_the_peak_is_a_layer_or_less_of_the_model(tmp_path):
     free, tight = run(0), run(layer + (40 << 20))
     assert size > 11 * layer > 600e6
     assert tight["total"] == pytest.approx(free["total"], rel=1e-4)
-    assert free["peak"] < 4 * layer, (free["peak"], layer)
-    assert tight["peak"] < 3 * layer and tight["peak"] < free["peak"], (tight["peak"], free["peak"], layer)
+    assert free["peak"] < 3.5 * layer, (free["peak"], layer)
+    assert tight["peak"] < 2 * layer and tight["peak"] < free["peak"], (tight["peak"], free["peak"], layer)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +13,9 @@ from surgeon.checkpoint.memory import MemoryCheckpoint
 from surgeon.errors import InputError, UsageError
 from surgeon.merge import fim, sens
 from surgeon.merge.layer_groups import aliases, group_of, layer_scores
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "architectures"))
+import tiny_models
 
 # ------------------------------------------------------------------------------------------ Sens: closed forms
 
@@ -255,18 +260,17 @@ def test_differences_are_the_sums_over_a_plain_subtraction(monkeypatch):
     assert len(found.norms) == 5
 
 
-def test_norms_of_gemma_are_measured_as_one_plus_the_weight():
-    name = "model.layers.0.input_layernorm.weight"
+@pytest.mark.parametrize(
+    ("family", "module", "added"),
+    [("llama", "input_layernorm", 0), ("gemma2", "input_layernorm", 1), ("qwen3_next", "input_layernorm", 1),
+     ("qwen3_next", "linear_attn.norm", 0)],
+)  # fmt: skip
+def test_norms_that_multiply_by_one_plus_their_weight_are_measured_so(family, module, added):
+    name = f"model.layers.0.{module}.weight"
     old, new = np.array([-0.5, 0.5], np.float32), np.array([-0.4, 0.2], np.float32)
-    pair = [
-        with_config(label, {name: x}, {"model_type": "gemma2_like"}) for label, x in (("a", old), ("b", new))
-    ]
-    assert fim.differences(*pair).norms[name][0] == pytest.approx(0.5)
-    fim._OFFSET_NORMS["gemma2_like"] = 1.0
-    try:
-        assert fim.differences(*pair).norms[name][0] == pytest.approx(0.25 + 2.25)
-    finally:
-        del fim._OFFSET_NORMS["gemma2_like"]
+    config = tiny_models.build(family).config.to_dict()
+    pair = [with_config(label, {name: x}, config) for label, x in (("a", old), ("b", new))]
+    assert fim.differences(*pair).norms[name][0] == pytest.approx(float(((old + added) ** 2).sum()))
 
 
 def test_a_head_of_its_own_is_compared_with_the_embedding_the_base_ties_to():
