@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from surgeon.calibrate import divided
 from surgeon.cli.app import COMMANDS, build
 from surgeon.deploy.export_request import FORMATS
-from surgeon.prune import members, texts
+from surgeon.prune import members
 from surgeon.prune.experts import request as expert_requests
 from surgeon.prune.request import CRITERIA, METHODS, OPTIONS, SPARSE, SPARSITY, PruneRequest
 from surgeon.prune.request import build as request
@@ -155,7 +156,10 @@ def test_figures_of_the_guide_are_the_program_s():
     assert (
         f"{fields['samples'].default} samples of up to {fields['sequence_length'].default:,} tokens" in said
     )
-    assert f"{texts.SEARCH_SAMPLES} more compare plans and {texts.HELD_OUT_SAMPLES} more are held out" in said
+    assert (
+        f"{divided.SEARCH_SAMPLES} more compare plans and {divided.HELD_OUT_SAMPLES} more are held out"
+        in said
+    )
     assert f"{fields['context'].default} prompt and {fields['generate'].default} generated" in said
     assert f"{fields['damp'].default:.0%} of their mean".replace("%", " %") in said
     assert "lapp" not in OPTIONS["nested"] and set(SPARSE) == {"sparsegpt", "wanda", "magnitude"}

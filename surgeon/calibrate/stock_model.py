@@ -68,13 +68,14 @@ def base_of(model: Any, stack: str) -> tuple[Any, str]:
     """
     for base, prefix in ((model.base_model, f"{model.base_model_prefix}."),
                          *((part, f"{name}.") for name, part in model.named_children())):  # fmt: skip
-        if _holds(base, stack):
+        if holds(base, stack):
             return base, "" if base is model else prefix
     raise InputError("E380", f"the library's {type(model).__name__} has no layers where its family has them: {stack}",
                      help="this version of the library is not known here")  # fmt: skip
 
 
-def _holds(module: Any, path: str) -> bool:
+def holds(module: Any, path: str) -> bool:
+    """Say whether a module has a part at a path."""
     try:
         module.get_submodule(path)
     except AttributeError:

@@ -13,11 +13,13 @@ import transformers
 from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from surgeon.calibrate.stock_model import with_infinities
+from surgeon import architectures
+from surgeon.calibrate.stock_model import base_of, holds, with_infinities
 from surgeon.checkpoint.checkpoint import CONFIG_NAME
 from surgeon.checkpoint.header import printable
 from surgeon.checkpoint.strict_json import read_json_object
 from surgeon.deploy import decilm, per_layer
+from surgeon.deploy.per_layer import base_type
 from surgeon.errors import EnvironmentFault, InputError, Where
 
 _KINDS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs", "conversion_errors")
@@ -108,6 +110,28 @@ def check_complete(info: Mapping[str, Any], folder: Path) -> None:
     if findings:
         raise InputError("E325", f"the model does not load as it is: {'; '.join(findings)}", where=Where(str(folder)),
                          help="the library would fill what is missing with random numbers")  # fmt: skip
+
+
+def body(model: Any, folder: Path) -> tuple[Any, list[nn.Module]]:
+    """Return the part of a loaded model without its head, and its layers.
+
+    Some classes (Llama 4) name another part as their base than they have; in models with a vision part the language
+    model lies one level deeper.
+
+    Raises:
+        InputError: E324 a family whose layers nothing here knows; E380 a version of the library that has them elsewhere.
+    """
+    family = base_type({"model_type": model.config.model_type})
+    record = architectures.get(family)
+    if record is None:
+        raise InputError("E324", f"where the layers of {printable(family)} models lie is not known", where=Where(str(folder)),
+                         help="these are known: " + ", ".join(architectures.known()))  # fmt: skip
+    inside = record.prefix.removesuffix(".")
+    if record.section and holds(model, f"{inside}.{record.stack}"):
+        base = model.get_submodule(inside)
+    else:
+        base = base_of(model, record.stack)[0]
+    return base, list(base.get_submodule(record.stack))
 
 
 def classes(config: Mapping[str, Any]) -> tuple[Any, Any]:

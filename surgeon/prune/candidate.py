@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from surgeon.calibrate.quality import last_states
 from surgeon.calibrate.settings import Settings
 from surgeon.checkpoint.checkpoint import Checkpoint, open_path
-from surgeon.deploy.build import load
+from surgeon.deploy.build import body, load
 from surgeon.deploy.per_layer import is_per_layer
 from surgeon.errors import InputError, Where
 from surgeon.execute import execute
 from surgeon.plan import Plan
-from surgeon.prune.quality import last_states
 from surgeon.system import memory_budget, physical_cores
 
 EXACT, ROUNDED = 1e-4, 5e-2
@@ -95,7 +95,7 @@ def check(
 
 def _whole(folder: Path, samples: Sequence[np.ndarray], settings: Settings) -> list[torch.Tensor]:
     model: Any = load(folder, dtype=settings.torch_dtype)
-    base = getattr(model, model.base_model_prefix, model)
+    base, _ = body(model, folder)
     with torch.inference_mode():
         return [
             base(torch.from_numpy(np.asarray(ids, dtype=np.int64))[None]).last_hidden_state[0].float()

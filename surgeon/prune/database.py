@@ -27,10 +27,11 @@ from surgeon.calibrate.conditions import memory_faults, threads
 from surgeon.calibrate.pieces import read_tensor
 from surgeon.calibrate.settings import Settings
 from surgeon.calibrate.walk import Walk
+from surgeon.checkpoint import tensor_file
 from surgeon.checkpoint.checkpoint import Checkpoint
 from surgeon.checkpoint.header import printable
 from surgeon.errors import InputError, Interrupted, UsageError, Where
-from surgeon.prune import criteria, tensor_file
+from surgeon.prune import criteria
 from surgeon.prune.closed_form import columns_of, solve
 from surgeon.prune.criteria import Context, read_output
 from surgeon.prune.hessians import ChannelStatistics, Stale

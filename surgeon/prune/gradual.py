@@ -13,7 +13,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from surgeon.calibrate import data
+from surgeon.calibrate import data, quality
 from surgeon.calibrate.data import Sample
 from surgeon.checkpoint.checkpoint import Checkpoint, open_path
 from surgeon.checkpoint.digests import InputDigester
@@ -21,7 +21,6 @@ from surgeon.deploy import per_layer
 from surgeon.deploy.build import load
 from surgeon.derive import Source
 from surgeon.measure.correction import fit_correction
-from surgeon.prune import quality
 from surgeon.prune.decide import in_words
 from surgeon.prune.members import Member, build, write_candidate
 from surgeon.prune.request import Target

@@ -17,9 +17,9 @@ from torch import Tensor
 from surgeon.calibrate.damping import exact_products
 from surgeon.calibrate.statistics import finite
 from surgeon.checkpoint.header import Header, printable
+from surgeon.checkpoint.tensor_file import TensorFile, find, read
 from surgeon.errors import InputError, Where
 from surgeon.prune.criteria import Moments
-from surgeon.prune.tensor_file import TensorFile, find, read
 
 FLOAT64_COLUMNS = 8192
 """Second moments of up to so many channels are added up in float64, of more in float32."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from surgeon.calibrate import quality
 from surgeon.checkpoint.checkpoint import Checkpoint
 from surgeon.derive import Derived, plan_of
 from surgeon.errors import SurgeonError
@@ -16,7 +17,7 @@ from surgeon.measure.compare import Measured, speedup, verdict
 from surgeon.measure.correction import aim, fit_correction
 from surgeon.measure.table import LatencyTable
 from surgeon.plan import Plan
-from surgeon.prune import candidate, finished, quality
+from surgeon.prune import candidate, finished
 from surgeon.prune.decide import Decision, decide, in_words
 from surgeon.prune.goal import Goal
 from surgeon.prune.request import Target

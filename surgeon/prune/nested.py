@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from surgeon.calibrate import quality
 from surgeon.checkpoint.checkpoint import Checkpoint
 from surgeon.deploy import members as families
 from surgeon.deploy import runtimes
@@ -22,7 +23,7 @@ from surgeon.errors import SurgeonError, UsageError
 from surgeon.measure.compare import Measured, speedup, verdict
 from surgeon.measure.correction import aim, fit_correction
 from surgeon.measure.table import LatencyTable
-from surgeon.prune import candidate, quality
+from surgeon.prune import candidate
 from surgeon.prune.decide import Decision, in_words
 from surgeon.prune.goal import Goal
 from surgeon.prune.members import ROUNDS, Member, asked

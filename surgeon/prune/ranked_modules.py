@@ -15,10 +15,10 @@ from torch import Tensor
 
 from surgeon.calibrate.placement import Placement
 from surgeon.calibrate.settings import Settings
+from surgeon.checkpoint import tensor_file
 from surgeon.checkpoint.checkpoint import Checkpoint
 from surgeon.checkpoint.header import printable
 from surgeon.errors import InputError, UsageError, Where
-from surgeon.prune import tensor_file
 from surgeon.prune.criteria import Context, Criterion, Moments
 from surgeon.prune.hessians import read_hessian, read_moments
 from surgeon.prune.levels import useful_modes

@@ -32,11 +32,11 @@ from surgeon.calibrate.walk import Walk
 from surgeon.calibrate.watching import Watching
 from surgeon.checkpoint.checkpoint import Checkpoint, open_path
 from surgeon.checkpoint.header import Header, TensorInfo, printable
+from surgeon.checkpoint.tensor_file import TensorFile
 from surgeon.errors import InputError, Interrupted, Where
 from surgeon.prune.closed_form import columns_of, ridge
 from surgeon.prune.criteria import read_output
 from surgeon.prune.database import Database
-from surgeon.prune.tensor_file import TensorFile
 from surgeon.structure.cut import Cut, Kept
 from surgeon.structure.parts import Attention, Ffn, Output, Structure
 from surgeon.structure.views import MaskedView

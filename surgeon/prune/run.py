@@ -14,10 +14,10 @@ from surgeon.derive import Source
 from surgeon.errors import SurgeonError
 from surgeon.execute import Outcome, execute
 from surgeon.output.manifest import MANIFEST
+from surgeon.output.places import locked, same_result
 from surgeon.prune import preflight
 from surgeon.prune.decide import in_words
 from surgeon.prune.members import Member, build, forget_candidates, publication
-from surgeon.prune.places import locked, same_result
 from surgeon.prune.request import SPARSE, PruneRequest
 from surgeon.prune.session import Say, Session, Tell
 from surgeon.prune.written import kept_in

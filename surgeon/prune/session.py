@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from surgeon import __version__
+from surgeon.calibrate import divided, quality
 from surgeon.calibrate.settings import Settings
 from surgeon.checkpoint.dtypes import CODES
 from surgeon.derive import Source
@@ -21,7 +22,7 @@ from surgeon.measure.conditions import Conditions
 from surgeon.measure.differencing import Levels, measure_table
 from surgeon.measure.table import LatencyTable
 from surgeon.measure.workload import Workload
-from surgeon.prune import database, quality, texts
+from surgeon.prune import database
 from surgeon.prune.cost import Cost, SizeCost, TimeCost
 from surgeon.prune.criteria import minitron
 from surgeon.prune.depth_ranking import DepthRanking
@@ -169,8 +170,12 @@ class Session:
     # ---- text --------------------------------------------------------------------------------------
 
     @cached_property
-    def texts(self) -> texts.Texts:
-        found = texts.load(self.request, self.folder)
+    def texts(self) -> divided.Texts:
+        request = self.request
+        found = divided.load(
+            request.calibration, self.folder, samples=request.samples, sequence_length=request.sequence_length,
+            seed=request.seed, offline=request.offline,
+        )  # fmt: skip
         self.warnings.extend(found.warnings)
         if not self.request.calibration:
             self.say("no --calibration was given: the text that comes with surgeon is used")

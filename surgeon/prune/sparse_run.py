@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from surgeon.calibrate import quality
 from surgeon.derive import Derived, plan_of
-from surgeon.prune import quality
 from surgeon.prune.decide import Decision, in_words
 from surgeon.prune.members import Member, asked, command
 from surgeon.prune.request import Target

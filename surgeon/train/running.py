@@ -11,12 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgeon import architectures
 from surgeon.calibrate.answers import TokenSample, check_answers, check_lengths
 from surgeon.calibrate.conditions import memory_faults
 from surgeon.calibrate.placement import Placement
-from surgeon.checkpoint.header import printable
-from surgeon.deploy.build import load
+from surgeon.deploy.build import body, load
 from surgeon.deploy.per_layer import base_type
 from surgeon.errors import InputError, Where
 from surgeon.train.batches import Batch
@@ -56,7 +54,7 @@ class Runner:
         causal: whether a token sees earlier ones only.
 
     Raises:
-        InputError: what `surgeon.deploy.build.load` raises; E410 a family that is not known here.
+        InputError: what `surgeon.deploy.build.load` and `body` there raise.
     """
 
     def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype, precision: str) -> None:
@@ -65,12 +63,9 @@ class Runner:
         self.device, self.precision = device, precision
         config = self.model.config
         self.family = base_type({"model_type": config.model_type})
-        record = architectures.get(self.family)
-        if record is None:
-            raise InputError("E410", f"{printable(str(folder))} is a {printable(self.family)} model; where its blocks lie is not known",
-                             help="these can be trained: " + ", ".join(architectures.known()))  # fmt: skip
-        self.base: Any = self.model.base_model
-        self.layers: list[nn.Module] = list(self.base.get_submodule(record.stack))
+        self.base: Any
+        self.layers: list[nn.Module]
+        self.base, self.layers = body(self.model, folder)
         self.causal = self.family != "bert" or bool(config.is_decoder)
 
     @property

@@ -16,10 +16,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "architectures"))
 from walk_models import model_folder, stock, texts
 
 from surgeon.calibrate.settings import Settings
+from surgeon.checkpoint import tensor_file
 from surgeon.checkpoint.checkpoint import open_path
 from surgeon.checkpoint.header import read_header
 from surgeon.errors import InputError, Interrupted, UsageError
-from surgeon.prune import tensor_file
 from surgeon.prune.database import build, disk_bytes
 from surgeon.prune.hessians import ChannelStatistics
 from surgeon.prune.obs import removal_order

@@ -20,6 +20,7 @@ import task
 from structure_models import opened, write
 
 from surgeon import api
+from surgeon.calibrate import divided
 from surgeon.checkpoint.checkpoint import open_path
 from surgeon.deploy import members as families
 from surgeon.deploy.build import load
@@ -27,7 +28,7 @@ from surgeon.errors import InputError, OutputConflict, UsageError
 from surgeon.measure.compare import Measured
 from surgeon.measure.environment import Environment
 from surgeon.measure.table import LatencyTable
-from surgeon.prune import nested, nested_shapes, texts
+from surgeon.prune import nested, nested_shapes
 from surgeon.prune.cost import SizeCost
 from surgeon.prune.goal import Goal
 from surgeon.prune.levels import ffn_multiples, useful_modes
@@ -315,7 +316,10 @@ def test_members_are_extracted_bit_for_bit_and_have_the_quality_that_was_said(fa
         and sizes == sorted(sizes)[::-1]
     )
     request = build(model=str(LONG), target_params=(1.0e6, 0.8e6), **options(calibration))
-    held_out = texts.load(request, LONG).held_out
+    held_out = divided.load(
+        request.calibration, LONG, samples=request.samples, sequence_length=request.sequence_length, seed=request.seed,
+        offline=request.offline,
+    ).held_out  # fmt: skip
     for member, said in zip(record, document["members"][0]["members"], strict=True):
         out = scratch / member.name
         api.export(folder, out, member=member.name)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 
 import pruning_runs as runs
 import pytest
 import torch
+from expert_models import moe_folder
 from safetensors.torch import load_file
 from structure_models import removed, strictly
 
@@ -164,6 +166,33 @@ def test_a_family_of_depths_ranks_layers_once_and_is_nested(prune, scratch, monk
         for n in (4, 3, 2)
     ]
     assert ranked == [1] and kept[0] > kept[1] > kept[2]
+
+
+@pytest.mark.parametrize("family", ["llama4_text", "llama4", "qwen3_5_moe"])
+def test_layers_go_where_a_class_names_its_base_wrongly_or_holds_it_a_level_deeper(
+    family, capsys, machine, scratch
+):
+    model = shutil.copytree(moe_folder(family, vocab_size=281), scratch / "model")
+    for name in runs.TOKENIZER:
+        shutil.copy(runs.LONG / name, model)
+    ran = runs.command(
+        capsys, "prune", model, "-o", scratch / "out", "--method", "depth", "--keep-layers", 2, "--samples", 8,
+        "--sequence-length", 48, "--threads", 1, "--calibration", runs.text(scratch / "cal.jsonl"), "--json",
+    )  # fmt: skip
+    assert ran.code == 0, ran.out + ran.err
+    (made,) = json.loads(ran.out)["members"]
+    assert made["shape"].startswith("2 of 3 layers")
+    assert any(remark.startswith("loaded strictly and compared") for remark in made["remarks"])
+    source, result = strictly(model), strictly(scratch / "out")
+    kept = json.loads((scratch / "out" / "surgeon.json").read_text())["recipe"]["layers"]
+    whole = {"llama4_text": "model", "llama4": "language_model.model", "qwen3_5_moe": "model.language_model"}[
+        family
+    ]
+    for new, old in enumerate(kept):
+        one, other = (
+            m.get_submodule(f"{whole}.layers.{n}").state_dict() for m, n in ((source, old), (result, new))
+        )
+        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_protected_layers_stay(prune, scratch):

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "calibrate"))
 from walk_models import model_folder, stock
 
 from surgeon.calibrate.damping import damped
+from surgeon.calibrate.matrices import matrices_of, read_matrix
 from surgeon.calibrate.settings import Settings
 from surgeon.calibrate.skeleton import Skeleton
 from surgeon.calibrate.tokens import load_encoder
@@ -25,7 +26,6 @@ from surgeon.execute import execute
 from surgeon.kernels.cast import widen
 from surgeon.prune.sparse import magnitude, owl, sparsegpt, wanda
 from surgeon.prune.sparse.masks import Pattern, holds, smallest, smallest_groups, smallest_rows
-from surgeon.prune.sparse.matrices import matrices_of, read_matrix
 from surgeon.prune.sparse.run import FEWEST_TOKENS, SparseOptions, download_bytes, sparsify
 from surgeon.prune.sparse.view import SparseView
 

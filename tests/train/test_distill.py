@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from train_models import Text, disturbed, model_folder, read, stock, texts
+import transformers
+from train_models import Text, disturbed, model_folder, moe_folder, read, stock, texts
 
 from surgeon.checkpoint.checkpoint import open_path
 from surgeon.errors import InputError, Interrupted, OutputConflict, UsageError
@@ -233,6 +234,22 @@ def test_channels_of_a_narrower_student_are_compared():
     valid = torch.ones(1, 4, dtype=torch.bool)
     found = losses.block_distance([student], [teacher], valid, (0,), torch.tensor([0, 2, 5]))
     assert found.item() == losses.square_head(student, teacher[..., [0, 2, 5]], valid).item()
+
+
+def test_blocks_are_found_where_a_class_names_its_base_wrongly():
+    found = runner(moe_folder("llama4_text"))
+    out = found.run(batch_of(texts(2), CPU), blocks=True)
+    assert len(found.layers) == len(out.blocks) == 3
+    assert all(block.shape == out.blocks[0].shape and block.shape[-1] == 32 for block in out.blocks)
+
+
+def test_a_family_whose_blocks_nobody_knows_is_refused(scratch):
+    config = transformers.OPTConfig(vocab_size=67, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                                    ffn_dim=16, max_position_embeddings=32, word_embed_proj_dim=16)  # fmt: skip
+    transformers.OPTForCausalLM(config).save_pretrained(scratch / "opt")
+    with pytest.raises(InputError, match="layers of opt models") as caught:
+        runner(scratch / "opt")
+    assert caught.value.code == "E324" and "llama" in caught.value.help and caught.value.where
 
 
 def test_models_and_samples_that_do_not_fit_are_refused(pair, scratch):

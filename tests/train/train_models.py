@@ -11,9 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "calibrate"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "structure"))
+from expert_models import moe_folder
 from walk_models import model_folder, stock
 
-__all__ = ["Text", "disturbed", "model_folder", "read", "stock", "texts"]
+__all__ = ["Text", "disturbed", "model_folder", "moe_folder", "read", "stock", "texts"]
 
 
 @dataclass(frozen=True)

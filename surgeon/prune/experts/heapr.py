@@ -35,10 +35,10 @@ import numpy as np
 from surgeon.calibrate.activation_gradients import Gated, Progress, activation_gradients
 from surgeon.calibrate.answers import TokenSample
 from surgeon.calibrate.settings import Settings
+from surgeon.checkpoint import tensor_file
 from surgeon.checkpoint.checkpoint import Checkpoint
 from surgeon.checkpoint.header import printable, read_header
 from surgeon.errors import InputError, UsageError, Where, close_matches
-from surgeon.prune import tensor_file
 from surgeon.seeds import stream_key, uniform
 from surgeon.structure.experts.cut import Place
 from surgeon.structure.experts.parts import Experts

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from surgeon.calibrate import quality
 from surgeon.calibrate.settings import Settings
 from surgeon.checkpoint.checkpoint import Checkpoint
-from surgeon.prune import quality
 
 
 def by_domain(
@@ -28,7 +28,7 @@ def by_domain(
         held_out: domain -> token ids.
 
     Returns:
-        As `surgeon.prune.quality.compare`, with "domains": {name: the same}.
+        As `surgeon.calibrate.quality.compare`, with "domains": {name: the same}.
     """
     found = {
         domain: quality.compare(source, pruned, samples, settings, decoder=True, stop=stop)

@@ -18,6 +18,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from surgeon.architectures.layered_config import num_layers
 from surgeon.calibrate.activation_gradients import spilled_bytes
 from surgeon.calibrate.head import Head
+from surgeon.calibrate.quality import last_states
 from surgeon.checkpoint.checkpoint import Checkpoint, open_path
 from surgeon.deploy.build import load
 from surgeon.derive import Derived, Source, plan_of
@@ -27,6 +28,7 @@ from surgeon.experts import masked
 from surgeon.experts.analysis import risk
 from surgeon.formats.dequantized import runnable
 from surgeon.output.manifest import MANIFEST
+from surgeon.output.places import locked, same_result
 from surgeon.plan import Plan
 from surgeon.prune import candidate, preflight
 from surgeon.prune.experts import decide, quality
@@ -34,8 +36,6 @@ from surgeon.prune.experts.decide import REPORT_FILE, Choice
 from surgeon.prune.experts.request import ExpertRequest
 from surgeon.prune.experts.session import ExpertSession, Say, Tell
 from surgeon.prune.experts.widths import channel_parameters
-from surgeon.prune.places import locked, same_result
-from surgeon.prune.quality import last_states
 from surgeon.prune.request import Target
 from surgeon.structure.experts.cut import ExpertCut
 from surgeon.structure.experts.view import ExpertView

@@ -22,19 +22,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from surgeon.calibrate.matrices import Matrix, matrices_of, read_matrix
 from surgeon.calibrate.placement import Placement
 from surgeon.calibrate.settings import Settings
 from surgeon.calibrate.skeleton import Skeleton
 from surgeon.calibrate.walk import Walk
+from surgeon.checkpoint import tensor_file
 from surgeon.checkpoint.checkpoint import Checkpoint
 from surgeon.checkpoint.dtypes import DTYPES
 from surgeon.checkpoint.strict_json import read_json_object
 from surgeon.errors import UsageError
 from surgeon.kernels.cast import narrow, widen
-from surgeon.prune import tensor_file
 from surgeon.prune.sparse import magnitude, owl, sparsegpt, wanda
+from surgeon.prune.sparse.groups import check_groups
 from surgeon.prune.sparse.masks import Pattern, holds
-from surgeon.prune.sparse.matrices import Matrix, check_groups, matrices_of, read_matrix
 from surgeon.prune.sparse.observing import LayerInputs, Stale
 from surgeon.prune.sparse.owl import SPREAD, THRESHOLD
 from surgeon.prune.sparse.view import SparseView

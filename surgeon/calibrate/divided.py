@@ -6,6 +6,7 @@ so does a quality measured on the text a plan was chosen on.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ import numpy as np
 
 from surgeon.calibrate import data
 from surgeon.errors import InputError
-from surgeon.prune.request import PruneRequest
 
 SEARCH_SAMPLES, SEARCH_TOKENS = 16, 512
 """What every plan of a search is run on (16 x 512 tokens)."""
@@ -40,35 +40,43 @@ class Texts:
     warnings: tuple[str, ...]
 
 
-def load(request: PruneRequest, folder: Path) -> Texts:
+def load(
+    calibration: Sequence[str] | None, folder: Path, *, samples: int, sequence_length: int, seed: int, offline: bool
+) -> Texts:  # fmt: skip
     """Load calibration text and divide it.
+
+    Args:
+        calibration: sources as on the command line; None or empty takes the text that ships with the package.
+        folder: of the model, for its tokenizer.
+        samples: wanted for statistics; the other two parts come on top.
+        sequence_length: tokens of a sample at most.
 
     Raises:
         InputError: E314 too few samples to divide; what `surgeon.calibrate.data.load` raises.
     """
     from surgeon.data.records import parse_sources
 
-    wanted = request.samples + SEARCH_SAMPLES + HELD_OUT_SAMPLES
+    wanted = samples + SEARCH_SAMPLES + HELD_OUT_SAMPLES
     found = data.load(
-        parse_sources(list(request.calibration)) if request.calibration else None, folder, samples=wanted,
-        sequence_length=request.sequence_length, seed=request.seed, offline=request.offline,
+        parse_sources(list(calibration)) if calibration else None, folder, samples=wanted,
+        sequence_length=sequence_length, seed=seed, offline=offline,
     )  # fmt: skip
-    samples = [sample.ids for sample in found.samples]
-    if len(samples) < 3:
-        raise InputError("E314", f"{found.record['name']} gives {len(samples)} samples; statistics, the choice of a plan and its "
+    given = [sample.ids for sample in found.samples]
+    if len(given) < 3:
+        raise InputError("E314", f"{found.record['name']} gives {len(given)} samples; statistics, the choice of a plan and its "
                          "quality need text of their own", help="give at least 3 records, better 100")  # fmt: skip
     # Of a short text each later part takes an eighth.
-    share = max(1, min(SEARCH_SAMPLES, len(samples) // 8))
-    held_out, search, statistics = samples[:share], samples[share : 2 * share], samples[2 * share :]
+    share = max(1, min(SEARCH_SAMPLES, len(given) // 8))
+    held_out, search, statistics = given[:share], given[share : 2 * share], given[2 * share :]
     record = {
         **found.record,
         "statistics": _count(statistics), "search": _count(search), "held_out": _count(held_out),
     }  # fmt: skip
     warnings = [warning for warning in found.warnings if f"not {wanted:,}" not in warning]
-    if len(statistics) < request.samples:
+    if len(statistics) < samples:
         warnings.append(
-            f"{found.record['name']} gives {len(samples)} samples: {share} are held out, {share} compare plans, which leaves "
-            f"{len(statistics)} calibration samples for statistics, not {request.samples}"
+            f"{found.record['name']} gives {len(given)} samples: {share} are held out, {share} compare plans, which leaves "
+            f"{len(statistics)} calibration samples for statistics, not {samples}"
         )
     return Texts(
         tuple(statistics), tuple(ids[:SEARCH_TOKENS] for ids in search),

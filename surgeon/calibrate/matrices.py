@@ -1,4 +1,4 @@
-"""Which matrices of a model may be made sparse, under which names their inputs are seen, and how they lie in the files."""
+"""Which matrices of a model methods that work matrix by matrix may change, under which names their inputs are seen, and how they lie in the files."""
 
 from __future__ import annotations
 
@@ -15,10 +15,8 @@ from surgeon.calibrate.pieces import Piece, load_expert, read_tensor
 from surgeon.calibrate.skeleton import Skeleton
 from surgeon.checkpoint.checkpoint import Checkpoint
 from surgeon.checkpoint.dtypes import DTYPES
-from surgeon.checkpoint.header import printable
 from surgeon.checkpoint.patterns import select
-from surgeon.errors import InputError, Where, raise_all
-from surgeon.prune.sparse.masks import Pattern
+from surgeon.errors import InputError, Where
 
 _KINDS = re.compile(r"(cross_)?attention_(q|k|v|o|qkv|kv|q_down|q_up|kv_down|kv_up)|ffn_(gate|up|down|gate_up)|expert_(gate|up|down|gate_up)|shared_expert_(gate|up|down)")  # fmt: skip
 _CONV1D = ("gpt2",)
@@ -72,7 +70,7 @@ def matrices_of(
 
     Raises:
         UsageError: E218 a pattern that matches nothing.
-        InputError: E317 the layers hold no matrix that may be made sparse.
+        InputError: E317 the layers hold no matrix, or none that is left.
     """
     config = checkpoint.config or {}
     record = architectures.get(config.get("model_type"))
@@ -85,7 +83,7 @@ def matrices_of(
         for layer in range(skeleton.layers)
     )
     if not any(found):
-        raise InputError("E317", f"{checkpoint.label} has no matrix left that could be made sparse",
+        raise InputError("E317", f"{checkpoint.label} has no matrix left to work on",
                          where=Where(checkpoint.label), help="--ignore covers all of them, or the model is of another kind")  # fmt: skip
     return found
 
@@ -133,22 +131,6 @@ def _shared(module: str, modules: set[str]) -> str:
     parent, _, leaf = module.rpartition(".")
     other = f"{parent}.{_SHARED.get(leaf, leaf)}"
     return other if other in modules else module
-
-
-def check_groups(matrices: Iterable[Matrix], pattern: Pattern, *, skip: bool) -> list[Matrix]:
-    """Return the matrices whose inputs cannot be divided into groups; they stay dense.
-
-    Raises:
-        InputError: E318 there are some, and ``skip`` is off.
-    """
-    unfit = [matrix for matrix in matrices if matrix.columns % pattern.group]
-    if unfit and not skip:
-        raise_all(
-            InputError("E318", f"{printable(m.label)} has {m.columns} inputs, which {pattern} does not divide",
-                       where=Where(tensor=printable(m.tensor)), help="--skip-incompatible leaves such matrices dense")
-            for m in unfit
-        )  # fmt: skip
-    return unfit
 
 
 def read_matrix(checkpoint: Checkpoint, matrix: Matrix) -> Tensor:
