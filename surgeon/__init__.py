@@ -15,6 +15,7 @@ _PUBLIC = {
     "evaluate": "surgeon.api",
     "prune": "surgeon.api",
     "edit": "surgeon.api",
+    "quantize": "surgeon.api",
     "measure": "surgeon.api",
     "export": "surgeon.api",
     "SurgeonError": "surgeon.errors",

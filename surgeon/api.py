@@ -156,8 +156,8 @@ def plan_spec(spec: MergeSpec, request: MergeRequest, title: str = "merged") -> 
 
 def _opening(request: MergeRequest) -> Opening:
     return Opening(
-        request.offline, request.weights, request.config, request.ignore_unlisted, request.allow_pickle
-    )
+        request.offline, request.weights, request.config, request.ignore_unlisted, request.allow_pickle, request.dequantize
+    )  # fmt: skip
 
 
 def _plan(
@@ -351,15 +351,19 @@ def open_model(
     weights: str = "auto",
     ignore_unlisted: bool = False,
     allow_pickle: bool = False,
+    dequantize: bool = False,
 ) -> Iterator[OpenModel]:
     """Open one model (folder, file, hub id, MODEL+ADAPTER) for reading and close it afterwards.
+
+    Args:
+        dequantize: read a quantized model as plain numbers.
 
     Raises:
         SurgeonError: it does not exist or is malformed; nothing else, whatever the file system says.
     """
     try:
         reference = parse_model_ref(str(model))
-        opening = Opening(offline, weights, None, ignore_unlisted, allow_pickle)
+        opening = Opening(offline, weights, None, ignore_unlisted, allow_pickle, dequantize)
         opened = open_models([reference], opening)[reference]
     except OSError as error:
         raise EnvironmentFault(
@@ -499,6 +503,7 @@ def diff(
     values: bool = False,
     tensors: str | None = None,
     anatomy: bool = True,
+    dequantize: bool = False,
     offline: bool = False,
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -510,19 +515,25 @@ def diff(
         values: read and compare the values of all tensors of equal shape.
         tensors: a name, glob or re:REGEX: compare the values of these only.
         anatomy: how much of a delta its largest entries hold; a second read where it is needed.
+        dequantize: read quantized models as plain numbers, which comparing their values needs.
+
+    Raises:
+        InputError: E311 values of a quantized model without ``dequantize``.
     """
     from surgeon import comparison
     from surgeon.checkpoint.companions import read_chat_templates, read_generation_config
     from surgeon.checkpoint.patterns import select
+    from surgeon.formats.dequantized import permissions, plain_needed
+    from surgeon.traits import quantized
 
     if base is not None and not values:
         raise UsageError("E206", "a base is only used when values are compared", help="add --values")
     with contextlib.ExitStack() as stack:
-        ours = stack.enter_context(open_model(first, offline=offline))
-        theirs = stack.enter_context(open_model(second, offline=offline))
+        ours = stack.enter_context(open_model(first, offline=offline, dequantize=dequantize))
+        theirs = stack.enter_context(open_model(second, offline=offline, dequantize=dequantize))
         found = comparison.structure(ours.checkpoint, theirs.checkpoint)
         folders = [m.checkpoint.folder for m in (ours, theirs) if m.checkpoint.folder is not None]
-        notes = []
+        notes = [note for m in (ours, theirs) if permissions(m.checkpoint) for note in _labelled(m)]
         config = generation = []
         template, tokenizer = False, None
         configs = ours.checkpoint.config, theirs.checkpoint.config
@@ -537,7 +548,15 @@ def diff(
         figures = None
         if values:
             names = select(tensors, found.common, "--tensors") if tensors else found.common
-            reference = stack.enter_context(open_model(base, offline=offline)).checkpoint if base else None
+            third = (
+                stack.enter_context(open_model(base, offline=offline, dequantize=dequantize))
+                if base
+                else None
+            )
+            reference = third.checkpoint if third else None
+            for one in (ours.checkpoint, theirs.checkpoint, *([reference] if reference else [])):
+                if quantized(one):
+                    raise plain_needed(one, "its values cannot be compared")
             if reference is not None:
                 lacking = sum(
                     n not in reference.tensors
@@ -554,6 +573,10 @@ def diff(
             )  # fmt: skip
         labels = str(ours.ref), str(theirs.ref)
     return Difference(labels, found, config, generation, tokenizer, template, figures, notes)
+
+
+def _labelled(model: OpenModel) -> list[str]:
+    return [f"{model.ref}: {note}" for note in getattr(model.checkpoint, "notes", ())]
 
 
 def _compare_tokenizers(first: Path, second: Path, notes: list[str]) -> str | None:
@@ -814,6 +837,7 @@ def prune(
     """
     from surgeon.prune import request as requests
     from surgeon.prune.experts import request as expert_requests
+    from surgeon.structure.experts.sizes import holds_routed
 
     if str(model) == "." and not Path("config.json").is_file():
         raise UsageError("E204", "no model was named, and the current folder holds none", help="surgeon prune MODEL --target-speedup 1.5")  # fmt: skip
@@ -825,19 +849,25 @@ def prune(
     if method and method not in expert_requests.METHODS:
         # What is wrong with a request shows before the model is looked for.
         request = requests.build(model=str(model), **options)
-        with open_source(model, offline=request.offline) as source:
+        with open_source(model, offline=request.offline, dequantize=request.dequantize) as source:
+            _tell_decoded(source, say)
             from surgeon.prune import run
 
             return run.prune(request, source, destination, **how)
     if method:
         expert_request = expert_requests.build(model=str(model), **options)
-        with open_source(model, offline=expert_request.offline) as source:
+        with open_source(
+            model, offline=expert_request.offline, dequantize=expert_request.dequantize
+        ) as source:
+            _tell_decoded(source, say)
             return _prune_experts(expert_request, source, destination, how)
     of_experts = expert_requests.ExpertRequest.model_fields.keys() - requests.PruneRequest.model_fields.keys()
     if not of_experts & options.keys():
         requests.build(model=str(model), **options)
-    with open_source(model, offline=bool(options.get("offline"))) as source:
-        if not _is_mixture(source.checkpoint):
+    dequantize = bool(options.get("dequantize"))
+    with open_source(model, offline=bool(options.get("offline")), dequantize=dequantize) as source:
+        _tell_decoded(source, say)
+        if not holds_routed(source.checkpoint):
             request = requests.build(model=str(model), **options)
             from surgeon.prune import run
 
@@ -845,9 +875,18 @@ def prune(
         if options.get("target_speedup") or options.get("keep_layers"):
             raise UsageError("E266", f"{source.key} is a mixture of experts: dropping experts changes neither the work per token nor the layers",
                              help="--keep-experts or --target-size drops experts; for speed: --method depth or --method width")  # fmt: skip
-        if say is not None:
+        if say is not None and not options.get("from_report"):
             say("a mixture of experts: --method reap, unless another is given")
         return _prune_experts(expert_requests.build(model=str(model), **options), source, destination, how)
+
+
+def _tell_decoded(source: Source, say: Callable[[str], None] | None) -> None:
+    """Say what is read dequantized."""
+    from surgeon.formats.dequantized import permissions
+
+    if say is not None and permissions(source.checkpoint):
+        for note in getattr(source.checkpoint, "notes", ()):
+            say(note)
 
 
 def _prune_experts(request: Any, source: Source, destination: Path, how: dict[str, Any]) -> dict[str, Any]:
@@ -856,9 +895,47 @@ def _prune_experts(request: Any, source: Source, destination: Path, how: dict[st
     return run.prune(request, source, destination, **how)
 
 
-def _is_mixture(checkpoint: Any) -> bool:
-    """Say whether a checkpoint holds routed experts."""
-    return any(".experts." in name or "block_sparse_moe" in name for name in checkpoint.tensors)
+def quantize(
+    model: str | Path = ".",
+    output: str | Path | None = None,
+    *,
+    overwrite: bool = False,
+    resume: bool = True,
+    dry_run: bool = False,
+    progress: Callable[[str, int, int], None] | None = None,
+    say: Callable[[str], None] | None = None,
+    stop: threading.Event | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Quantize a model to schemes, a size, bits per weight or a divergence; the options of ``surgeon quantize``.
+
+    Args:
+        model: folder or hub id.
+        output: folder of the result (a file ending in .gguf for the form gguf); default NAME-quantized beside the model.
+        progress: called with (what is being done, done, total).
+        say: called with one sentence at a time.
+        options: any field of `surgeon.quantize.request.QuantizeRequest`.
+
+    Returns:
+        The document ``surgeon quantize --json`` prints: bytes, bits, schemes, held-out quality, what the reader said.
+
+    Example:
+        >>> surgeon.quantize("model", target_size=5_000_000_000)  # doctest: +SKIP
+    """
+    from surgeon.quantize import request as requests
+
+    if str(model) == "." and not Path("config.json").is_file():
+        raise UsageError("E204", "no model was named, and the current folder holds none", help="surgeon quantize MODEL --scheme W4A16")  # fmt: skip
+    request = requests.build(model=str(model), **options)
+    ending = "quantized.gguf" if request.format == "gguf" else "quantized"
+    destination = Path(output) if output else default_output(model, ending)
+    with open_source(model, offline=request.offline, dequantize=request.dequantize) as source:
+        from surgeon.quantize import run
+
+        return run.quantize(
+            request, source, destination, overwrite=overwrite, resume=resume, dry_run=dry_run, progress=progress,
+            say=say, stop=stop,
+        )  # fmt: skip
 
 
 def measure(
@@ -912,7 +989,7 @@ def edit(
     from surgeon.edit import run
 
     asked = requests.build(**options)
-    with open_source(model, offline=asked.offline) as source:
+    with open_source(model, offline=asked.offline, dequantize=asked.dequantize) as source:
         where = (
             Path(output) if output else run.default_output(str(model), source.checkpoint.folder, source.repo)
         )
@@ -948,7 +1025,8 @@ def export(
 
     request = export_request.build(model=str(model), **options)
     opening = {
-        name: getattr(request, name) for name in ("offline", "weights", "ignore_unlisted", "allow_pickle")
+        name: getattr(request, name)
+        for name in ("offline", "weights", "ignore_unlisted", "allow_pickle", "dequantize")
     }
     with open_source(model, **opening) as source:
         return run(source, request, Path(output) if output else None, overwrite=overwrite, resume=resume, dry_run=dry_run,

@@ -17,6 +17,7 @@ from surgeon.checkpoint.companions import find_companions, licence_files
 from surgeon.checkpoint.dtypes import CODES, CONFIG_NAMES, DTYPES
 from surgeon.checkpoint.strict_json import read_bytes
 from surgeon.copying import Cast, Copy
+from surgeon.formats.dequantized import permissions
 from surgeon.output.modelcard import (
     CardData,
     CardSource,
@@ -60,6 +61,10 @@ class Derived:
         companions: files that replace or join those of the source, by name.
         notices: facts a user must know; for the card.
         command: the command that repeats the run, without paths.
+        relation: hub value of ``base_model_relation``.
+        tags: of the card, beside those of verb and method.
+        packages: what stock transformers needs beside itself to load the model.
+        parameters_in_all: of the model, where stored tensors do not say it.
     """
 
     view: Checkpoint
@@ -70,6 +75,10 @@ class Derived:
     companions: Mapping[str, bytes] = field(default_factory=dict)
     notices: tuple[str, ...] = ()
     command: str | None = None
+    relation: str = "finetune"
+    tags: tuple[str, ...] = ()
+    packages: tuple[str, ...] = ()
+    parameters_in_all: int | None = None
 
 
 def plan_of(
@@ -107,6 +116,9 @@ def plan_of(
         "verb": verb, "members": {name: dict(result.recipe) for name, result in results.items()},
     }  # fmt: skip
     recipe["models"] = {key: {"repo": source.repo, "commit": source.commit} for key in inputs}
+    decoded = permissions(source.checkpoint)
+    if decoded:
+        recipe["dequantize"] = {source.key: decoded}
     return Plan(
         verb=verb, inputs=inputs, items=tuple(items), models=models, recipe=recipe, seed=seed,
         notes=tuple(dict.fromkeys(notes)), warnings=tuple(dict.fromkeys(warnings)),
@@ -175,11 +187,13 @@ def _card(source: Source, name: str, result: Derived, outputs: list[OutputTensor
             parameters=result.parameters,
             command=result.command,
             seed=None,
-            parameter_count=sum(o.elements for o in outputs),
+            parameter_count=result.parameters_in_all or sum(o.elements for o in outputs),
             weight_bytes=sum(o.nbytes for o in outputs),
             dtype=", ".join(CONFIG_NAMES.get(c, c) for c in codes),
             pipeline_tag="text-generation" if is_decoder else card.get("pipeline_tag"),
-            relation="finetune",
+            relation=result.relation,
+            tags=result.tags,
+            packages=result.packages,
             licence_files=tuple(c.name for c in licence_files([(source.key, checkpoint.folder)])) if checkpoint.folder else (),
             notices=result.notices,
             version=__version__,

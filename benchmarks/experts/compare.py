@@ -1,9 +1,9 @@
 """Which criterion keeps what a mixture of experts knows: ``python benchmarks/experts/compare.py MODEL --output OUT``.
 
 MODEL is what ``train.py`` made. One calibration pass is taken (and kept in OUT); every criterion that scores experts is
-re-selected from it. The loss of every choice is that of the stock model whose dropped experts' router logits are minus
-infinity (``masks.py``); for every criterion a pruned model is also really written by ``surgeon.prune``, read back by
-transformers and compared with that. Methods that merge exist only as written models.
+re-selected from it; NAEE searches on a part of the same text. The loss of every choice is that of the stock model whose
+dropped experts' router logits are minus infinity (``masks.py``); for every criterion of scores a pruned model is also really
+written by ``surgeon.prune``, read back by transformers and compared with that. Methods that merge exist only as written models.
 
 Held out: blocks of four domains of documents that neither training nor calibration saw. Intervals are 95 %: bootstrap
 over blocks within every domain, and over the 20 draws where chance is involved. Losses are kept in OUT/losses, so that an
@@ -44,6 +44,7 @@ from surgeon.experts.select import select
 from surgeon.experts.statistics import RoutingStatistics, collect_statistics
 from surgeon.experts.super_experts import super_experts
 from surgeon.prune.experts import heapr, widths
+from surgeon.prune.experts.subsets import naee
 from surgeon.structure.experts.cut import ExpertCut
 from surgeon.structure.experts.find import experts_of
 
@@ -51,6 +52,8 @@ SHARES = (0.75, 0.5, 0.25)
 ROUTING = ("easy-ep", "reap", "reap-l2", "rean", "frequency", "gate-mass", "ean", "man", "msan")
 WEIGHTS = ("aimer", "router-distance", "router-norm")
 MERGING = ("stun", "hc-smoe", "m-smoe")
+NAEE_TOKENS = 1 << 14
+"""Of the calibration text that NAEE's search looks at, evenly spaced: it tries some 1,100 subsets a layer."""
 OTHERWISE = ("easy-ep", "reap", "man")
 """Criteria measured in the other way of mixing domains, too."""
 BY_DOMAIN = ("easy-ep", "rean", "reap", "frequency", "gate-mass", "ean", "man")
@@ -168,7 +171,27 @@ def random_draws(bench: Bench, statistics: RoutingStatistics, keep: int) -> list
     return [bench.losses(kept_by(bench, statistics, "random", keep, seed=seed)) for seed in range(DRAWS)]
 
 
-def mixed_choices(bench: Bench, statistics: RoutingStatistics, say: Callable[[str], None]) -> None:
+def kept_by_naee(bench: Bench, samples: Sequence[data.Sample], keep: int, say: Callable[[str], None]) -> Kept:
+    """Return what NAEE keeps, from an earlier run where there was one."""
+    file = bench.output / f"naee-{bench.key[:16]}-{NAEE_TOKENS}-{keep}.json"
+    if not file.exists():
+        cut, record = naee(
+            bench.checkpoint, [sample.ids for sample in samples], Settings(threads=bench.threads), bench.experts, keep,
+            most_tokens=NAEE_TOKENS,
+        )  # fmt: skip
+        tokens = min(layer["tokens"] for layer in record["layers"].values())
+        file.write_text(
+            json.dumps({"kept": cut.document()["kept"], "tokens": tokens, "search": record["search"]})
+        )
+    document = json.loads(file.read_text())
+    bench.rows["naee"] = {"tokens": document["tokens"]}
+    say(f"naee, {keep} experts: {document['search']} search on {document['tokens']:,} tokens")
+    return {int(layer): tuple(ids) for layer, ids in document["kept"].items()}
+
+
+def mixed_choices(
+    bench: Bench, statistics: RoutingStatistics, samples: Sequence[data.Sample], say: Callable[[str], None]
+) -> None:
     """Every criterion calibrated on all domains, at every share."""
     rows = bench.rows["mixed"] = []
     merged = {name: losses_of_merged(bench, name, say) for name in MERGING}
@@ -201,6 +224,8 @@ def mixed_choices(bench: Bench, statistics: RoutingStatistics, say: Callable[[st
                     **bench.row(found[label], chance),
                 }
             )
+        found["naee"] = bench.losses(kept_by_naee(bench, samples, keep, say))
+        rows.append({"criterion": "naee", "share": share, **bench.row(found["naee"], chance)})
         for name in MERGING:
             found[name] = merged[name][keep]
             rows.append({"criterion": name, "share": share, **bench.row(found[name], chance)})
@@ -459,7 +484,7 @@ def main() -> None:
     bench.rows["peaks"] = {
         "layers": [{"largest": float(one.max()), "median": float(np.median(one))} for one in peaks]
     }
-    mixed_choices(bench, statistics, say)
+    mixed_choices(bench, statistics, text.samples, say)
     domain_choices(bench, statistics, say)
     localisation(bench, statistics, say)
     channel_choices(bench, text.samples, say)

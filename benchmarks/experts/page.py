@@ -74,7 +74,8 @@ def _mixed(rows: Mapping[str, Any]) -> str:
 Loss by domain; the mean increase over domains; the difference of that to the mean of 20 random draws (negative: better than chance; for
 random itself: where 95 % of the draws' mean losses lie). "as good": the paired interval of the difference to the best of that share
 includes zero. Domains are mixed as `surgeon.prune` does it: means over
-tokens (reap, reap-l2, man, msan) score all text as one, the others are normalised within each domain and averaged; "(by domain)" and "(pooled)" are the other way. stun, hc-smoe and m-smoe are measured on written models, everything else under masks.
+tokens (reap, reap-l2, man, msan) score all text as one, the others are normalised within each domain and averaged; "(by domain)" and "(pooled)" are the other way. stun, hc-smoe and m-smoe are measured on written models, everything else under masks. naee
+searches greedily, on {rows["naee"]["tokens"]:,} evenly spaced tokens of the text.
 
 {table(["kept", "criterion", *domains, "mean increase", "against random", ""], found)}
 

@@ -21,16 +21,10 @@ from collections.abc import Sequence
 
 import torch
 
-from surgeon.calibrate.activation_pass import (
-    KEPT_EVERY,
-    ActivationReceiver,
-    Gated,
-    Pass,
-    Progress,
-    SummedLoss,
-)
+from surgeon.calibrate.activation_pass import ActivationReceiver, Gated, Pass
 from surgeon.calibrate.answers import TokenSample, check_answers
 from surgeon.calibrate.conditions import memory_faults, threads
+from surgeon.calibrate.forward_and_back import KEPT_EVERY, Progress, SummedLoss
 from surgeon.calibrate.settings import DTYPES, Settings
 from surgeon.checkpoint.checkpoint import Checkpoint
 

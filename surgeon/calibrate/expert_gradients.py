@@ -6,7 +6,7 @@ recomputes each expert from its routed tokens and hands over that expert's gradi
 come from the loaded stack, or straight from the checkpoint when a layer's experts are too many.
 
 What is handed over is either the gradients of the weights, or, with frozen weights, the gated
-activations and their gradients.
+activations and their gradients, or the inputs of every matrix and the gradients at its outputs.
 """
 
 from __future__ import annotations
@@ -30,6 +30,10 @@ Receive = Callable[[Piece, Tensor, Tensor], None]
 
 ReceiveGated = Callable[[int, Tensor, Tensor, Tensor, Tensor], None]
 """(expert, token rows [T], gated activations [T, I], their gradients [T, I], down projection [hidden, I])."""
+
+
+ReceiveOutputs = Callable[[int, str, Tensor, Tensor, Tensor], None]
+"""(expert, parameter name, token rows [T], inputs of the matrix [T, in], gradients at its outputs [T, out])."""
 
 
 class _Experts(torch.autograd.Function):
@@ -125,7 +129,9 @@ def reverse_gated(
     inputs, scales = hidden.detach().requires_grad_(), weights.detach().requires_grad_()
     gated: list[Tensor] = []
 
-    def watch(number: int, name: str, where: Tensor, entering: Tensor, out: Tensor) -> None:
+    def watch(
+        number: int, name: str, where: Tensor, entering: Tensor, out: Tensor, gates: Tensor | None
+    ) -> None:
         if name == "down_proj":
             gated.append(entering)
 
@@ -140,6 +146,40 @@ def reverse_gated(
     down = slices["down_proj"]
     receive(expert, rows, gated[0].detach(), to_gated, down.T if module.is_transposed else down)
     return to_inputs, to_scales
+
+
+class _OutputsRun:
+    """Where one module's expert slices come from and where the gradients at their outputs go."""
+
+    def __init__(self, slices: Slices, receive: ReceiveOutputs) -> None:
+        self.slices = slices
+        self._receive = receive
+
+    def reverse(
+        self, module: Any, expert: int, rows: Tensor, hidden: Tensor, weights: Tensor, given: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Hand over what one expert's matrices are given and the gradients at their outputs, which contain the routing
+        weight; return the gradients of its inputs and of its routing weights."""
+        inputs, scales = hidden.detach().requires_grad_(), weights.detach().requires_grad_()
+        seen: list[tuple[str, Tensor, Tensor]] = []
+
+        def watch(
+            number: int, name: str, where: Tensor, entering: Tensor, out: Tensor, gates: Tensor | None
+        ) -> None:
+            seen.append((name, entering, out))
+
+        slices = self.slices(expert)
+        module.surgeon_watch = watch
+        try:
+            with torch.enable_grad():
+                out = weighted_expert(module, expert, rows, inputs, scales, lambda e, name: slices[name])
+                out = out.to(given.dtype)
+        finally:
+            del module.surgeon_watch
+        found = torch.autograd.grad(out, [inputs, scales, *(left for _, _, left in seen)], given)
+        for (name, entering, _), gradient in zip(seen, found[2:], strict=True):
+            self._receive(expert, name, rows, entering.detach(), gradient)
+        return found[0], found[1]
 
 
 @contextmanager
@@ -181,6 +221,24 @@ def delivering_gated(
         yield
 
 
+@contextmanager
+def delivering_outputs(
+    skeleton: Skeleton, layer: int, module: nn.Module, receive: ReceiveOutputs
+) -> Iterator[None]:
+    """Make the experts of a layer hand over the inputs of their matrices and the gradients at their outputs.
+
+    Args:
+        skeleton, layer, module: as for `delivering_experts`.
+        receive: called for both matrices of every expert that got tokens, once per backward pass.
+    """
+    found: Any = skeleton.expert_module(layer)
+    if found is None:
+        yield
+        return
+    with _running(found, _OutputsRun(_slices(skeleton, layer, module), receive)):
+        yield
+
+
 def _slices(skeleton: Skeleton, layer: int, module: nn.Module) -> Slices:
     """Return what gives an expert's weights: the loaded stack, or the checkpoint where it is not loaded."""
     stacked = {name.rpartition(".")[2]: value for name, value in stacked_parameters(module)}
@@ -195,7 +253,7 @@ def _slices(skeleton: Skeleton, layer: int, module: nn.Module) -> Slices:
 
 
 @contextmanager
-def _running(module: Any, run: _Run | _GatedRun) -> Iterator[None]:
+def _running(module: Any, run: _Run | _GatedRun | _OutputsRun) -> Iterator[None]:
     module.surgeon_deferred = lambda hidden, index, weights: _Experts.apply(
         hidden, weights, index, module, run
     )

@@ -22,8 +22,8 @@ NAME = "surgeon_experts"
 Weights = Callable[[int, str], Tensor]
 """(expert, parameter name) -> that expert's slice of a stacked parameter."""
 
-Watch = Callable[[int, str, Tensor, Tensor, Tensor], None]
-"""(expert, "gate_up" or "down", token rows, inputs, outputs)."""
+Watch = Callable[[int, str, Tensor, Tensor, Tensor, Tensor | None], None]
+"""(expert, "gate_up" or "down", token rows, inputs, outputs, what the expert's output is multiplied by: None for 1)."""
 
 
 class RoutingWatch(Protocol):
@@ -77,7 +77,9 @@ def run_experts(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights:
         for expert, rows, slots in routed(top_k_index, module.num_experts):
             scales = top_k_weights[rows, slots]
             inputs = entering(module, hidden[rows], scales)
-            out = one_expert(module, expert, rows, inputs, lambda e, name: getattr(module, name)[e])
+            out = one_expert(
+                module, expert, rows, inputs, lambda e, name: getattr(module, name)[e], scales=scales
+            )
             if routing is not None:
                 routing.output(expert, rows, slots, out, top_k_index)
             total.index_add_(0, rows, leaving(module, out, scales).to(total.dtype))
@@ -115,21 +117,29 @@ def weighted_expert(
 ) -> Tensor:
     """Return what one expert adds to the sum [tokens, hidden] for its tokens' states."""
     return leaving(
-        module, one_expert(module, expert, rows, entering(module, inputs, scales), weights), scales
+        module,
+        one_expert(module, expert, rows, entering(module, inputs, scales), weights, scales=scales),
+        scales,
     )
 
 
-def one_expert(module: Any, expert: int, rows: Tensor, inputs: Tensor, weights: Weights) -> Tensor:
-    """Return one expert's output [tokens, hidden] for its inputs, before the routing weight."""
+def one_expert(
+    module: Any, expert: int, rows: Tensor, inputs: Tensor, weights: Weights, *, scales: Tensor | None = None
+) -> Tensor:
+    """Return one expert's output [tokens, hidden] for its inputs, before the routing weight.
+
+    ``scales`` [tokens] are the routing weights, for who watches; they change nothing.
+    """
     watch: Watch | None = getattr(module, "surgeon_watch", None)
+    gates = None if getattr(module, "surgeon_gates_input", False) else scales
     first = "gate_up_proj" if module.has_gate else "up_proj"
     inner = _linear(module, expert, first, inputs, weights)
     if watch is not None:
-        watch(expert, first, rows, inputs, inner)
+        watch(expert, first, rows, inputs, inner, gates)
     gated = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
     out = _linear(module, expert, "down_proj", gated, weights)
     if watch is not None:
-        watch(expert, "down_proj", rows, gated, out)
+        watch(expert, "down_proj", rows, gated, out, gates)
     return module.post_expert_norm(out) if module.has_post_expert_norm else out
 
 

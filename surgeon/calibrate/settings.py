@@ -69,6 +69,12 @@ class Observer(Protocol):
     a spill folder then continues after an interruption; ``restore`` may return False for a state it cannot
     take up, and the pass starts over. An attribute ``identity`` (text) separates
     observers whose states must not be mixed.
+
+    With ``observe_tokens(module, inputs, gates, samples)`` it gets that instead of ``observe``: ``gates``
+    [tokens], what the output of an expert is multiplied by for each token, None elsewhere; ``samples`` int64
+    [tokens], the sample of each. With ``observe_original(module, inputs)`` it sees, before each batch, what
+    the model without replacements gives (see `surgeon.calibrate.walk.Walk`). With ``again(layer) -> bool``
+    a layer that was observed and replaced is observed once more, for as long as the answer is True.
     """
 
     def wants(self, module: str) -> bool:

@@ -249,11 +249,13 @@ class Skeleton:
         """
         parameters = dict(self._layers[layer].named_parameters())
         for name, pieces in self.pieces(layer).items():
+            if name not in parameters or parameters[name].is_meta:  # a buffer; experts read one at a time
+                continue
+            target = parameters[name].data
             for piece in pieces:
                 value = tensors.get(piece.tensor)
                 if value is None:
                     continue
-                target = parameters[name].data
                 place = target[piece.index] if piece.index else target
                 place.copy_(value[piece.stored] if piece.stored else value)
 
@@ -457,14 +459,26 @@ class Skeleton:
         """Return a layer's expert module, or None for a dense layer."""
         return next((module for module in self._layers[layer].modules() if is_experts(module)), None)
 
-    def read_expert(self, layer: int, expert: int) -> dict[str, Tensor]:
-        """Read one expert's slices of a layer's stacked parameters, by parameter name; safe in a thread."""
+    def read_expert(
+        self, layer: int, expert: int, replaced: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Read one expert's slices of a layer's stacked parameters, by parameter name; safe in a thread.
+
+        Tensors in ``replaced`` (checkpoint names) come from there instead of the checkpoint.
+        """
         device = self.placement.of_layer(layer)
         found = {}
         start = self.layer_path(layer) + "."
         for name, parameter in experts.stacked_parameters(self._layers[layer]):
             pieces = [piece for piece in self._pieces[start + name] if piece.expert == expert]
             value = load_expert(self.checkpoint, pieces, tuple(parameter.shape[1:]), parameter.dtype)
+            for piece in pieces:
+                new = None if replaced is None else replaced.get(piece.tensor)
+                if new is None:
+                    continue
+                value = value.clone()  # a view of memory would change its checkpoint
+                place = value[piece.index[1:]] if piece.index[1:] else value
+                place.copy_(new[piece.stored] if piece.stored else new)
             found[name.rpartition(".")[2]] = self.placement.send(value, device)
         return found
 

@@ -45,6 +45,7 @@ class MemoryPlan:
         spill: whether activations lie in a file.
         calls: bytes for recorded masks and rotary tables.
         group_tokens: tokens of a group in layers of streamed experts.
+        unused: bytes that are left to who observes.
     """
 
     streamed: frozenset[int]
@@ -52,6 +53,7 @@ class MemoryPlan:
     spill: bool
     calls: int
     group_tokens: int
+    unused: int
 
     def streams(self, layer: int) -> bool:
         return layer in self.streamed
@@ -71,8 +73,13 @@ class MemoryPlan:
             yield group
 
     @classmethod
-    def of(cls, skeleton: Skeleton, batches: Sequence[Batch], settings: Settings) -> MemoryPlan:
+    def of(
+        cls, skeleton: Skeleton, batches: Sequence[Batch], settings: Settings, stores: int = 1
+    ) -> MemoryPlan:
         """Decide, from the sizes of layers and batches, what is held in memory.
+
+        Args:
+            stores: how many times hidden states of all batches are held.
 
         Raises:
             EnvironmentFault: E504 not even one layer fits.
@@ -107,6 +114,7 @@ class MemoryPlan:
         prefetch = 2 * largest + RUNTIME_BYTES <= free
         left = max(0, free - RUNTIME_BYTES - largest * (2 if prefetch else 1))
         total = sum(len(batch.samples) * batch.length for batch in batches) * skeleton.hidden_size * size
+        total *= stores
         each_token = skeleton.hidden_size * (4 * size) + 64 * 8
         return cls(
             streamed=streamed,
@@ -114,6 +122,7 @@ class MemoryPlan:
             spill=total > left // 2,
             calls=max(1 << 20, min(256 << 20, left // 4)),
             group_tokens=max(places, left // 2 // each_token),
+            unused=left // 4,
         )
 
 
@@ -129,10 +138,19 @@ class _Routed(Exception):
 
 
 class ExpertStream:
-    """Computes one layer of experts for groups of batches, reading expert by expert."""
+    """Computes one layer of experts for groups of batches, reading expert by expert.
 
-    def __init__(self, skeleton: Skeleton, layer: int, watching: Watching) -> None:
+    Args:
+        skeleton, layer, watching: what runs, and who looks on.
+        replaced: checkpoint names -> tensors that experts have instead of their own; each is asked for when it is
+            its expert's turn.
+    """
+
+    def __init__(
+        self, skeleton: Skeleton, layer: int, watching: Watching, replaced: Mapping[str, Tensor] | None = None
+    ) -> None:
         self._skeleton = skeleton
+        self._replaced = replaced
         self._layer = layer
         self._watching = watching
         self._module: Any = skeleton.expert_module(layer)
@@ -164,8 +182,9 @@ class ExpertStream:
                 entered = entering(self._module, hidden[rows], scales)
                 self._watching.begin(batches[number])
                 out = one_expert(
-                    self._module, expert, rows, entered, lambda _, name, held=weights: held[name]
-                )
+                    self._module, expert, rows, entered, lambda _, name, held=weights: held[name],
+                    scales=scales,
+                )  # fmt: skip
                 if routing is not None:
                     routing.output(expert, rows, slots, out, index)
                 self._watching.end()
@@ -202,7 +221,10 @@ class ExpertStream:
 
     def _experts(self, needed: Sequence[int]) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """Yield (expert, its weights), reading the next one meanwhile."""
-        read = self._skeleton.read_expert
+
+        def read(layer: int, expert: int) -> dict[str, Tensor]:
+            return self._skeleton.read_expert(layer, expert, self._replaced)
+
         with ThreadPoolExecutor(1, thread_name_prefix="surgeon-expert") as pool:
             ahead = pool.submit(read, self._layer, needed[0]) if needed else None
             freed = 0

@@ -11,7 +11,10 @@ layer of experts that does not fit is computed one expert at a time (see `stream
 
 Sequential methods change a layer before the next one is looked at. With ``replace`` a layer runs twice: once
 with the weights as they are, for the observer; then ``replace(layer)`` returns the tensors that are new, and
-the layer runs again, unobserved, for the outputs that the next layer gets.
+the layer runs again, unobserved, for the outputs that the next layer gets. An observer with ``again`` may have
+the layer observed several times, each time with what ``replace`` has returned so far.
+
+With ``original`` a second stream of hidden states goes through the model without replacements, beside the first.
 """
 
 from __future__ import annotations
@@ -47,7 +50,7 @@ Progress = Callable[[int, int], None]
 """Called with (stages done, stages)."""
 
 Replace = Callable[[int], Mapping[str, Tensor]]
-"""Called with a layer's number after its observation; returns checkpoint names -> new tensors of the stored shape."""
+"""Called with a layer's number after each observation; returns checkpoint names -> new tensors of the stored shape."""
 
 CALLS_BYTES = 256 << 20
 """Masks and rotary tables of recorded calls kept for further batches of the same shape."""
@@ -61,6 +64,7 @@ class Walk:
         samples: token ids, one array per sample.
         settings: device, precision, memory, spill folder.
         per_sample: one sample a batch, so that observers learn which sample they see.
+        original: carry along what the model without replacements gives, for ``observe_original``.
 
     Attributes:
         layers: number of layers.
@@ -79,8 +83,10 @@ class Walk:
         settings: Settings,
         *,
         per_sample: bool = False,
+        original: bool = False,
     ) -> None:
         self.settings = settings
+        self._original = original
         self.skeleton = Skeleton(checkpoint, settings)
         self.layers = self.skeleton.layers
         self._checkpoint = checkpoint
@@ -96,9 +102,13 @@ class Walk:
             equal=self.skeleton.length_dependent,
             unpadded={count for count in heads if count},
         )
-        self._memory = streaming.MemoryPlan.of(self.skeleton, self.batches, settings)
+        self._memory = streaming.MemoryPlan.of(self.skeleton, self.batches, settings, 3 if original else 1)
+        if original and self._memory.streamed:
+            raise EnvironmentFault("E504", f"the experts of layer {min(self._memory.streamed)} do not fit the memory limit together, which "
+                                   "a pass beside the original model needs", help="raise --memory-limit, or leave the target shift out")  # fmt: skip
         self._calls: OrderedDict[tuple, tuple[Call, ...]] = OrderedDict()
         self._states: Activations | None = None
+        self._beside: Activations | None = None  # of the model without replacements
         self._stage = -1
         self._temporary: tempfile.TemporaryDirectory | None = None
         self._folder: PassFolder | None = None
@@ -107,6 +117,11 @@ class Walk:
     def stages(self) -> list[str]:
         """Names of the stages in order."""
         return ["embedding", *(f"layer {number}" for number in range(self.layers)), "final"]
+
+    @property
+    def unused_bytes(self) -> int:
+        """Memory the pass leaves to its observer."""
+        return self._memory.unused
 
     # ---- driving -------------------------------------------------------------------------------
 
@@ -118,6 +133,7 @@ class Walk:
         stop: threading.Event | None = None,
         resume: bool = False,
         replace: Replace | None = None,
+        piecewise: bool = False,
     ) -> None:
         """Run all stages.
 
@@ -129,14 +145,17 @@ class Walk:
                 of observer stopped. Needs ``settings.spill`` and an observer with state and restore; what
                 ``replace`` does must follow from the observer's ``identity`` then.
             replace: gives the weights with which a layer's outputs are computed.
+            piecewise: what ``replace`` returns reads a tensor when it is asked for it, so that a layer of experts
+                that does not fit in memory can be replaced.
 
         Raises:
             Interrupted: E130 ``stop`` was set.
             InputError: E384 activations are not finite; the layer is named.
-            EnvironmentFault: E504 ``replace`` and a layer of experts that does not fit the memory limit.
+            EnvironmentFault: E504 ``replace`` that is not piecewise and a layer of experts that does not fit the
+                memory limit.
         """
         total = len(self.stages)
-        for _ in self._advance(observer, stop, resume, replace):
+        for _ in self._advance(observer, stop, resume, replace, piecewise):
             if progress is not None:
                 progress(self._stage + 1, total)
 
@@ -145,7 +164,7 @@ class Walk:
 
         A caller may stop in between; close the generator (or drop it) to release what it holds.
         """
-        yield from self._advance(observer, None, False, replace)
+        yield from self._advance(observer, None, False, replace, False)
 
     def hidden(self) -> Iterator[tuple[int, Tensor]]:
         """Yield (sample, last hidden states [tokens, hidden]) for all samples in order, on the CPU.
@@ -166,9 +185,10 @@ class Walk:
 
     def close(self) -> None:
         """Release activations; what lies in a spill folder stays."""
-        if self._states is not None:
-            self._states.close()
-            self._states = None
+        for states in (self._states, self._beside):
+            if states is not None:
+                states.close()
+        self._states = self._beside = None
         if self._temporary is not None:
             self._temporary.cleanup()
             self._temporary = None
@@ -186,8 +206,8 @@ class Walk:
     # ---- stages --------------------------------------------------------------------------------
 
     def _advance(
-        self, observer: Observer, stop: threading.Event | None, resume: bool, replace: Replace | None
-    ) -> Iterator[str]:
+        self, observer: Observer, stop: threading.Event | None, resume: bool, replace: Replace | None, piecewise: bool
+    ) -> Iterator[str]:  # fmt: skip
         self.close()
         folder = self._folder = self._pass_folder(observer)
         self._stage = -1
@@ -203,29 +223,35 @@ class Walk:
             while self._stage < len(names) - 1:
                 stage = self._stage + 1
                 with threads(self.settings.threads), torch.no_grad(), memory_faults(names[stage]):
-                    fresh = self._store(stage, folder)
+                    fresh, beside = self._store(stage, folder), self._store_beside(stage, folder)
                     try:
                         if stage == 0:
-                            self._embed(watching, fresh, stop)
+                            self._embed(watching, fresh, beside, stop)
                         elif stage <= self.layers:
-                            self._layer(stage - 1, loader, watching, fresh, stop, replace)
+                            self._layer(stage - 1, loader, watching, fresh, beside, stop, replace, piecewise)
                         else:
-                            self._final(watching, fresh, stop)
+                            self._final(watching, fresh, beside, stop)
                     except BaseException:
                         fresh.close()
+                        if beside is not None:
+                            beside.close()
                         if fresh is self._states:  # half of it is the next boundary already
                             self._states, self._stage = None, -1
                         raise
                     if self._states is not None and self._states is not fresh:
                         self._states.close()
-                    self._states, self._stage = fresh, stage
+                    if self._beside is not None:
+                        self._beside.close()
+                    self._states, self._beside, self._stage = fresh, beside, stage
                     if folder is not None:
                         self._save(folder, observer)
                 yield names[stage]
         finally:
             loader.close()
 
-    def _embed(self, watching: Watching, fresh: Activations, stop: threading.Event | None) -> None:
+    def _embed(
+        self, watching: Watching, fresh: Activations, beside: Activations | None, stop: threading.Event | None
+    ) -> None:
         skeleton = self.skeleton
         with watching.attached(skeleton.model, skeleton.outer_pieces(), lambda: skeleton.phase == "before"):
             for number, batch in enumerate(self.batches):
@@ -235,75 +261,104 @@ class Walk:
                 watching.end()
                 self._keep(batch, recording.calls)
                 self._put(fresh, number, recording.hidden, "the embedding")
+                if beside is not None:
+                    self._put(beside, number, recording.hidden, "the embedding")
 
     def _layer(
-        self,
-        layer: int,
-        loader: Loader,
-        watching: Watching,
-        fresh: Activations,
-        stop: threading.Event | None,
-        replace: Replace | None,
-    ) -> None:
-        skeleton, states = self.skeleton, self._states
-        assert states is not None
-        streamed = self._memory.streams(layer)
-        if streamed and replace is not None:
+        self, layer: int, loader: Loader, watching: Watching, fresh: Activations, beside: Activations | None,
+        stop: threading.Event | None, replace: Replace | None, piecewise: bool,
+    ) -> None:  # fmt: skip
+        skeleton = self.skeleton
+        if self._memory.streams(layer) and replace is not None and not piecewise:
             raise EnvironmentFault("E504", f"the experts of layer {layer} do not fit the memory limit together, which changing "
                                    "them layer by layer needs", help="raise --memory-limit")  # fmt: skip
         module = skeleton.fill(layer, loader.take(layer))
         try:
             if layer + 1 < self.layers and self._memory.prefetch:
                 loader.start(layer + 1)
-            with watching.attached(module, skeleton.pieces(layer)), watching.layer(layer, module):
-                if streamed:
-                    job = streaming.ExpertStream(skeleton, layer, watching)
-                    for group in self._memory.groups(self.batches):
-                        _check(stop)
-                        inputs = {number: states.get(number) for number in group}
-                        calls = {number: self._call(layer, self.batches[number]) for number in group}
-                        outputs = job.run(
-                            inputs, calls, {n: self.batches[n] for n in group}, lambda: _check(stop)
-                        )
-                        for number, out in outputs:
-                            self._put(fresh, number, out, f"layer {layer}")
+            # Outputs may take the place of inputs, so they are kept only when the layer is not run again.
+            last = replace is None and not watching.repeats
+            replaced: Mapping[str, Tensor] = {}
+            while True:
+                with watching.attached(module, skeleton.pieces(layer)), watching.layer(layer, module):
+                    self._run(layer, watching, fresh if last else None, beside, stop, replaced)
+                if last:
                     return
-                for number, batch in enumerate(self.batches):
-                    _check(stop)
-                    call = self._call(layer, batch)
-                    watching.begin(batch)
-                    out = skeleton.call(layer, states.get(number), call)
-                    watching.end()
-                    if replace is None:
-                        self._put(fresh, number, out, f"layer {layer}")
-            if replace is not None:
-                skeleton.replace(layer, replace(layer))
-                for number, batch in enumerate(self.batches):
-                    _check(stop)
-                    out = skeleton.call(layer, states.get(number), self._call(layer, batch))
-                    self._put(fresh, number, out, f"layer {layer}")
+                replaced = {} if replace is None else replace(layer)
+                skeleton.replace(layer, replaced)
+                if not watching.again(layer):
+                    break
+            self._run(layer, watching, fresh, None, stop, replaced)
         finally:
             watching.end()
             skeleton.empty(layer)
             streaming.release_memory()
 
-    def _final(self, watching: Watching, fresh: Activations, stop: threading.Event | None) -> None:
+    def _run(
+        self, layer: int, watching: Watching, fresh: Activations | None, beside: Activations | None,
+        stop: threading.Event | None, replaced: Mapping[str, Tensor],
+    ) -> None:  # fmt: skip
+        """Run all batches through a loaded layer, and keep the outputs where there is a place for them."""
         skeleton, states = self.skeleton, self._states
         assert states is not None
-        head = self._head_name()
-        wanted = head is not None and watching.wants(head)
+        if self._memory.streams(layer):
+            job = streaming.ExpertStream(skeleton, layer, watching, replaced)
+            for group in self._memory.groups(self.batches):
+                _check(stop)
+                inputs = {number: states.get(number) for number in group}
+                calls = {number: self._call(layer, self.batches[number]) for number in group}
+                outputs = job.run(inputs, calls, {n: self.batches[n] for n in group}, lambda: _check(stop))
+                for number, out in outputs:
+                    if fresh is not None:
+                        self._put(fresh, number, out, f"layer {layer}")
+            return
+        for number, batch in enumerate(self.batches):
+            _check(stop)
+            call = self._call(layer, batch)
+            if beside is not None:
+                assert self._beside is not None
+                watching.begin(batch, original=True)
+                self._put(
+                    beside, number, skeleton.call(layer, self._beside.get(number), call), f"layer {layer}"
+                )
+            watching.begin(batch)
+            out = skeleton.call(layer, states.get(number), call)
+            watching.end()
+            if fresh is not None:
+                self._put(fresh, number, out, f"layer {layer}")
+
+    def _final(
+        self, watching: Watching, fresh: Activations, beside: Activations | None, stop: threading.Event | None
+    ) -> None:
+        states = self._states
+        assert states is not None
+        skeleton = self.skeleton
         with watching.attached(skeleton.model, skeleton.outer_pieces(), lambda: skeleton.phase != "before"):
             for number, batch in enumerate(self.batches):
                 _check(stop)
-                ids = batch.ids(self._samples)
+                if beside is not None:
+                    assert self._beside is not None
+                    watching.begin(batch, original=True)
+                    self._put(
+                        beside,
+                        number,
+                        self._finish(batch, self._beside.get(number), watching),
+                        "the final norm",
+                    )
                 watching.begin(batch)
-                final = skeleton.finish(ids, states.get(number), self._mask(batch))
-                if head is not None:
-                    entering = skeleton.head_input(final)
-                    if wanted:
-                        watching.show(head, entering, None)
+                final = self._finish(batch, states.get(number), watching)
                 watching.end()
                 self._put(fresh, number, final, "the final norm")
+
+    def _finish(self, batch: Batch, states: Tensor, watching: Watching) -> Tensor:
+        """Return the last hidden states, and show what enters the head to who wants it."""
+        head = self._head_name()
+        final = self.skeleton.finish(batch.ids(self._samples), states, self._mask(batch))
+        if head is not None:
+            entering = self.skeleton.head_input(final)
+            if watching.wants(head):
+                watching.show(head, entering, None)
+        return final
 
     def _head_name(self) -> str | None:
         """Return the name the output embedding is observed under: the checkpoint's, or the model's when tied."""
@@ -367,6 +422,22 @@ class Walk:
         path = Path(self._temporary.name) / f"activations-{stage % 2}.bin"
         return InFile(path, self._shapes(), self.skeleton.dtype)
 
+    def _store_beside(self, stage: int, folder: PassFolder | None) -> Activations | None:
+        """Return a store for the states without replacements; the ones before stay, as layers may run repeatedly."""
+        if not self._original:
+            return None
+        if folder is not None:
+            return InFile(self._beside_file(stage, folder), self._shapes(), self.skeleton.dtype, kept=True)
+        if not self._memory.spill:
+            return InMemory(len(self.batches))
+        assert self._temporary is not None  # made for the other stream
+        path = Path(self._temporary.name) / f"original-{stage % 2}.bin"
+        return InFile(path, self._shapes(), self.skeleton.dtype)
+
+    @staticmethod
+    def _beside_file(stage: int, folder: PassFolder) -> Path:
+        return folder.path / f"original-{stage % 2}.bin"
+
     def _pass_folder(self, observer: Observer) -> PassFolder | None:
         if self.settings.spill is None:
             return None
@@ -391,6 +462,7 @@ class Walk:
                 "devices": [device.type for device in self.skeleton.placement.devices],
                 "batch_tokens": self.settings.batch_tokens,
                 "per_sample": self._per_sample,
+                **({"original": True} if self._original else {}),
                 "observer": [kind.__module__, kind.__qualname__, str(getattr(observer, "identity", ""))],
                 "wanted": hashlib.sha256(wanted.encode()).hexdigest(),
                 "versions": [importlib.metadata.version(name) for name in ("torch", "transformers")],
@@ -401,8 +473,13 @@ class Walk:
         states = self._states
         assert isinstance(states, InFile)
         states.sync()
+        digests = list(states.digests)
+        if self._beside is not None:
+            assert isinstance(self._beside, InFile)
+            self._beside.sync()
+            digests += self._beside.digests
         state = getattr(observer, "state", None)
-        folder.save(self._stage, states.digests, None if state is None else state())
+        folder.save(self._stage, digests, None if state is None else state())
 
     def _restore(self, folder: PassFolder, observer: Observer) -> None:
         """Take up a pass where it was left, when what is on disk can be believed."""
@@ -411,18 +488,31 @@ class Walk:
         if found is None or found[2] is None or restore is None:
             return
         stage, digests, state = found
-        path = folder.activations(stage)
-        if stage >= len(self.stages) or len(digests) != len(self.batches) or not path.is_file():
+        count = len(self.batches)
+        if stage >= len(self.stages) or len(digests) != count * (2 if self._original else 1):
             return
+        stores = [self._found(folder.activations(stage), digests[:count])]
+        if self._original:
+            stores.append(self._found(self._beside_file(stage, folder), digests[count:]))
+        # What the observer keeps elsewhere may not be there any more.
+        if any(store is None for store in stores) or restore(state) is False:
+            for store in stores:
+                if store is not None:
+                    store.close()
+            return
+        self._states, self._stage = stores[0], stage
+        self._beside = stores[1] if self._original else None
+
+    def _found(self, path: Path, digests: list[str]) -> InFile | None:
+        """Return activations of an earlier pass, None when they are not what they were."""
+        if not path.is_file():
+            return None
         states = InFile(path, self._shapes(), self.skeleton.dtype, existing=True, kept=True)
         if path.stat().st_size != states.bytes or any(states.digest(n) != d for n, d in enumerate(digests)):
             states.close()
-            return
+            return None
         states.digests = digests
-        if restore(state) is False:  # what the observer keeps elsewhere is not there any more
-            states.close()
-            return
-        self._states, self._stage = states, stage
+        return states
 
 
 def _check_samples(samples: list[np.ndarray], skeleton: Skeleton) -> None:

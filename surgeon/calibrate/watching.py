@@ -18,7 +18,8 @@ from surgeon.calibrate.settings import Observer
 class Watching:
     """Hands the inputs and outputs of modules to an observer, without padding.
 
-    An observer with ``around_layer(number, module, watching)``, a context, is asked for it at every layer.
+    An observer with ``around_layer(number, module, watching)``, a context, is asked for it at every layer; what
+    else it may have is told in `surgeon.calibrate.settings.Observer`.
 
     Attributes:
         batch: the batch that is running; None keeps everything from the observer.
@@ -26,14 +27,27 @@ class Watching:
 
     def __init__(self, observer: Observer) -> None:
         self._observer = observer
+        self._tokens: Any = getattr(observer, "observe_tokens", None)
         self.batch: Batch | None = None
         self._real: Tensor | None = None
+        self._original = False
 
     def wants(self, module: str) -> bool:
         return self._observer.wants(module)
 
-    def begin(self, batch: Batch) -> None:
-        """Start showing a batch."""
+    @property
+    def repeats(self) -> bool:
+        """Say whether layers may be observed more than once."""
+        return hasattr(self._observer, "again")
+
+    def again(self, layer: int) -> bool:
+        """Say whether the observer wants to see a layer once more."""
+        ask = getattr(self._observer, "again", None)
+        return ask is not None and bool(ask(layer))
+
+    def begin(self, batch: Batch, *, original: bool = False) -> None:
+        """Start showing a batch, of the model without replacements if ``original``."""
+        self._original = original
         self.batch = batch
         self._real = batch.mask().reshape(-1) if batch.padded else None
 
@@ -46,6 +60,13 @@ class Watching:
         assert self.batch is not None
         rows = self.rows(inputs)
         if rows.shape[0]:
+            if self._original:
+                self._observer.observe_original(module, rows.detach())  # type: ignore[attr-defined]
+                return
+            if self._tokens is not None:
+                samples = self._samples(inputs).to(rows.device)
+                self._tokens(module, rows.detach(), None, samples)
+                return
             shown = None if outputs is None else self.rows(outputs)
             self._observer.observe(
                 module, rows.detach(), None if shown is None else shown.detach(), self.batch.sample
@@ -75,6 +96,19 @@ class Watching:
         if value.ndim == 2 and value.shape[0] % (count * length) == 0:
             return value.reshape(count * length, -1, width)[real].reshape(-1, width)
         raise AssertionError(f"activations of shape {tuple(value.shape)} in a batch of {count} x {length}")
+
+    def _samples(self, value: Tensor) -> Tensor:
+        """Return the sample of each row of `rows`, int64."""
+        assert self.batch is not None
+        count, length = len(self.batch.samples), self.batch.length
+        places = torch.tensor(self.batch.samples)
+        if count == 1:
+            return places.expand(self.rows(value[..., :1]).shape[0])
+        if tuple(value.shape[:2]) == (count, length):
+            spread = places[:, None].expand(count, length).reshape(count, length, *[1] * (value.ndim - 2))
+            return self.rows(spread.expand(*value.shape[:-1], 1))[:, 0]
+        assert value.ndim == 2 and value.shape[0] == count * length, tuple(value.shape)
+        return self.rows(places.repeat_interleave(length)[:, None])[:, 0]
 
     def layer(self, number: int, root: nn.Module) -> AbstractContextManager[None]:
         """Let an observer that looks at more than single modules (``around_layer``) attach to a layer.
@@ -161,14 +195,24 @@ class Watching:
         if not table:
             return None
 
-        def watch(expert: int, name: str, rows: Tensor, inputs: Tensor, outputs: Tensor) -> None:
+        def watch(
+            expert: int, name: str, rows: Tensor, inputs: Tensor, outputs: Tensor, gates: Tensor | None
+        ) -> None:
             wanted = table.get((expert, name))
-            if wanted is None or self.batch is None or not when():
+            # Routing differs between the model with and without replacements, so rows have no counterparts there.
+            if wanted is None or self.batch is None or self._original or not when():
                 return
             if self._real is not None:
                 keep = self._real.to(rows.device)[rows]
-                inputs, outputs = inputs[keep], outputs[keep]
+                rows, inputs, outputs = rows[keep], inputs[keep], outputs[keep]
+                gates = None if gates is None else gates[keep]
             if inputs.shape[0]:
+                if self._tokens is not None:
+                    samples = torch.tensor(self.batch.samples, device=rows.device)[rows // self.batch.length]
+                    shown = None if gates is None else gates.detach()
+                    for module_name, _ in wanted:
+                        self._tokens(module_name, inputs.detach(), shown, samples)
+                    return
                 for module_name, columns in wanted:
                     self._observer.observe(
                         module_name, inputs.detach(), outputs[:, columns].detach(), self.batch.sample

@@ -65,7 +65,8 @@ class AdapterView:
     """
 
     def __init__(self, base: Checkpoint, folder: Path, label: str) -> None:
-        self._base = base
+        self.base = self._base = base
+        self.notes = getattr(base, "notes", ())
         config = read_json_object(folder / "adapter_config.json")
         weights = folder / "adapter_model.safetensors"
         if not weights.exists():

@@ -11,6 +11,7 @@ COMMANDS = {
     "merge": "Merge models: TIES, task arithmetic, SLERP, DARE, ... or a mergekit YAML.",
     "prune": "Prune to a measured speedup, a size or a share: ZipLM, width, depth, sparse; experts: REAP, EASY-EP, HEAPr.",
     "edit": "Edit weights along a direction: ThinkEdit, projection, baked steering.",
+    "quantize": "Quantize by scheme, or to a size, bits or divergence: GPTQ, AWQ; compressed-tensors, auto-round, bitsandbytes, GGUF.",
     "export": "Write another form of a model, GGUF included, or a member of a nested family.",
     "run": "Run a recipe: mergekit YAML, with or without the key surgeon:.",
     "eval": "Measure accuracy, answer length, perplexity, KL; compare with a baseline, apply gates.",
@@ -76,6 +77,7 @@ def print_help() -> None:
         "  surgeon merge long.safetensors short.safetensors --method ties",
         "  surgeon merge ./long ./short --method ties -o merged",
         "  surgeon prune ./model --target-speedup 1.5 -o fast",
+        "  surgeon quantize ./model --target-size 5GB -o small",
         "",
     ]
     sys.stdout.write("\n".join(lines))

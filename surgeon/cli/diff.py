@@ -40,6 +40,7 @@ def diff(
         str | None, typer.Option("--sort", help="name, relative, changed, max or cosine [order of layers].")
     ] = None,
     exit_code: Annotated[bool, typer.Option("--exit-code", help="Exit with 4 when the two differ.")] = False,
+    dequantize: o.Dequantize = False,
     threads: o.Threads = None,
     offline: o.Offline = False,
     json_: o.Json = False,
@@ -67,6 +68,7 @@ def diff(
                 base=base,
                 values=values,
                 tensors=tensors,
+                dequantize=dequantize,
                 offline=offline,
                 threads=threads,
                 progress=bar,

@@ -148,6 +148,7 @@ def edit(
     weights: o.Weights = "auto",
     ignore_unlisted: o.IgnoreUnlisted = False,
     allow_nonfinite: o.AllowNonfinite = False,
+    dequantize: o.Dequantize = False,
     offline: o.Offline = False,
     json_: o.Json = False,
     quiet: o.Quiet = False,
@@ -173,7 +174,7 @@ def edit(
             control_vector=control_vector, markers=tuple(marker or ()), beta=beta, experts_count=experts_count,
             scale_experts=tuple(scale_experts or ()), expert_record=expert_record, calibration=tuple(calibration or ()), check=check, device=device, dtype=dtype,
             max_shard_size=o.byte_size(max_shard_size, "--max-shard-size"), seed=seed, allow_nonfinite=allow_nonfinite,
-            offline=offline,
+            dequantize=dequantize, offline=offline,
         )  # fmt: skip
         limit = o.byte_size(memory_limit, "--memory-limit")
         return _run(out, model, request, output, dry_run, {"threads": threads, "memory_limit": limit},
@@ -200,8 +201,14 @@ def _run(
     from surgeon.edit import run
 
     with api.open_model(
-        model, offline=request.offline, weights=weights, ignore_unlisted=ignore_unlisted
+        model,
+        offline=request.offline,
+        weights=weights,
+        ignore_unlisted=ignore_unlisted,
+        dequantize=request.dequantize,
     ) as opened:
+        for note in getattr(opened.checkpoint, "notes", ()) if request.dequantize else ():
+            out.note(note)
         source = Source(opened.key, opened.checkpoint, model, opened.located.repo, opened.located.commit)
         where = (
             Path(output)

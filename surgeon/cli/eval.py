@@ -129,6 +129,7 @@ def eval(
     threads: o.Threads = None,
     memory_limit: o.MemoryLimit = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of sampling and of intervals; recorded.")] = 0,
+    dequantize: o.Dequantize = False,
     offline: o.Offline = False,
     json_: o.Json = False,
     quiet: o.Quiet = False,
@@ -151,7 +152,7 @@ def eval(
             reflection_words=_names(reflection_words, "--reflection-words"), template=template, sequence_length=sequence_length,
             batch_size=_rows(batch_size), baseline=baseline, gate=tuple(gate or ()), gate_limited=gate_limited,
             samples_out=samples_out, output=output, resume=resume, overwrite=overwrite, dtype=dtype, device=device,
-            threads=threads, memory_limit=o.byte_size(memory_limit, "--memory-limit"), seed=seed, offline=offline,
+            threads=threads, memory_limit=o.byte_size(memory_limit, "--memory-limit"), seed=seed, dequantize=dequantize, offline=offline,
         )  # fmt: skip
         if report is not None:
             from surgeon.report import check_place

@@ -28,6 +28,21 @@ def export(
         str | None,
         typer.Option("--member", help="One model out of a nested family, as its members.json names it."),
     ] = None,
+    gguf_type: Annotated[
+        str | None,
+        typer.Option(
+            "--gguf-type",
+            help="gguf: quantize all linear matrices, without data: q8_0, q5_0, q5_1, q4_0, q4_1, mxfp4, q6_k, q5_k, q4_k, q3_k, q2_k, iq4_xs, iq4_nl.",
+        ),
+    ] = None,
+    gguf_override: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--gguf-override",
+            metavar="PATTERN=TYPE",
+            help="gguf: another type, or keep, for the tensors a name, glob or re:REGEX matches; repeatable.",
+        ),
+    ] = None,
     check: Annotated[
         bool,
         typer.Option(
@@ -54,6 +69,7 @@ def export(
     ignore_unlisted: o.IgnoreUnlisted = False,
     allow_nonfinite: o.AllowNonfinite = False,
     allow_pickle: o.AllowPickle = False,
+    dequantize: o.Dequantize = False,
     offline: o.Offline = False,
     json_: o.Json = False,
     quiet: o.Quiet = False,
@@ -62,7 +78,7 @@ def export(
 ) -> None:
     """Write a model in another form, or take one member out of a nested family.
 
-    surgeon export MODEL --to gguf; surgeon export FAMILY --member speedup=1.5; surgeon export OLD --allow-pickle.
+    surgeon export MODEL --to gguf --gguf-type q8_0; surgeon export FAMILY --member speedup=1.5; surgeon export OLD --allow-pickle.
     """
     out = Output(json_, quiet, verbose, not no_progress)
 
@@ -73,11 +89,11 @@ def export(
         with stop_on_signals(out) as (stop, _):
             try:
                 document = api.export(
-                    model, output, to=to, member=member, check=check, dtype=dtype, overwrite=overwrite, resume=resume,
+                    model, output, to=to, member=member, gguf_type=gguf_type, gguf_override=tuple(gguf_override or ()), check=check, dtype=dtype, overwrite=overwrite, resume=resume,
                     dry_run=dry_run, max_shard_size=o.byte_size(max_shard_size, "--max-shard-size"), threads=threads,
                     memory_limit=o.byte_size(memory_limit, "--memory-limit"), weights=weights,
                     ignore_unlisted=ignore_unlisted, allow_nonfinite=allow_nonfinite, allow_pickle=allow_pickle,
-                    offline=offline, progress=bar.tell, stop=stop,
+                    dequantize=dequantize, offline=offline, progress=bar.tell, stop=stop,
                 )  # fmt: skip
             finally:
                 bar.close()
@@ -103,7 +119,8 @@ def show(out: Output, document: dict[str, Any]) -> None:
         f"{number(made['parameters'])} parameters   {size(made['bytes'])} {kinds}"
     )
     if document.get("architecture"):
-        out.line(f"  llama.cpp architecture {document['architecture']}")
+        types = ", ".join(f"{count} {kind}" for kind, count in document["types"].items())
+        out.line(f"  llama.cpp architecture {document['architecture']}; tensors {types}")
     if document["readers"]:
         out.line(f"  loads in  {', '.join(document['readers'])}")
     if document["status"] == "dry-run":

@@ -43,7 +43,7 @@ def inspect(
     sequence_length: c.SequenceLength = 2048,
     seed: o.Seed = 0,
     keep_experts: e.CompareKeep = None,
-    criterion: e.Criterion = "easy-ep",
+    criterion: e.Criterion = e.CRITERION,
     marker: e.Markers = None,
     window: e.Windows = None,
     cache_ratio: e.CacheRatios = None,
@@ -84,8 +84,13 @@ def inspect(
         ):
             if given and not experts:
                 raise UsageError("E206", f"{name} only has an effect with --experts", help="add --experts")
-        if (scores or marker or window or cache_ratio or router_logits) and not calibration:
-            raise UsageError("E206", "--scores, --marker, --window, --cache-ratio and --router-logits describe a pass over text",
+        if criterion != e.CRITERION:
+            from surgeon.experts import criteria
+
+            criteria.of_routing(criterion)  # before anything is printed
+        of_text = scores or marker or window or cache_ratio or router_logits or keep_experts or criterion != e.CRITERION  # fmt: skip
+        if of_text and not calibration:
+            raise UsageError("E206", "--scores, --marker, --window, --cache-ratio, --router-logits, --criterion and --keep-experts describe a pass over text",
                              help="add --calibration TEXT")  # fmt: skip
         if guess:
             proposed = e.guess_document(*api.propose_experts(model, offline=offline))
@@ -99,6 +104,11 @@ def inspect(
             )
         finally:
             bar.close()
+        if calibration and found.config is None:
+            raise UsageError("E207", f"{found.summary.label} has no config.json, without which no text can be run",
+                             help="give the model folder, or leave --calibration out")  # fmt: skip
+        if calibration and not found.experts:
+            raise UsageError("E207", f"{found.summary.label} has no experts to look at", help="leave --calibration out")  # fmt: skip
         if not any((tensors, layers, experts, config)) or not quiet:
             summary(out, found.summary)
         document: dict[str, Any] = {"model": dataclasses.asdict(found.summary)}
@@ -123,9 +133,6 @@ def inspect(
                 ))  # fmt: skip
                 if routing is not None:
                     document["routing"] = routing
-            elif calibration:
-                raise UsageError("E207", f"{found.summary.label} has no experts to look at, or no config.json",
-                                 help="leave --calibration out")  # fmt: skip
         if tensors is not None or (stats and not layers and not experts):
             document["tensors"] = _tensors(out, found, sort, tensors is not None)
         if stats and found.stats is not None:

@@ -27,6 +27,8 @@ CompareKeep = Annotated[
     int | None,
     typer.Option("--keep-experts", help="Experts a layer for which domains are compared [half of them]."),
 ]
+CRITERION = "easy-ep"
+"""Criterion by which domains are compared when none is named."""
 Criterion = Annotated[str, typer.Option("--criterion", help="Criterion by which domains are compared.")]
 Logits = Annotated[
     bool, typer.Option("--router-logits", help="Also margins of the choice, and top-p routing simulated.")

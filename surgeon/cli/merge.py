@@ -140,6 +140,7 @@ def merge(
         bool, typer.Option("--mergekit-quirks", help="Reproduce mergekit's oddities that affect numbers.")
     ] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Warnings are errors.")] = False,
+    dequantize: o.Dequantize = False,
     offline: o.Offline = False,
     json_: o.Json = False,
     quiet: o.Quiet = False,
@@ -168,7 +169,7 @@ def merge(
         common = {
             "max_shard_size": o.byte_size(max_shard_size, "--max-shard-size"), "seed": seed, "weights": weights,
             "ignore_unlisted": ignore_unlisted, "allow_nonfinite": allow_nonfinite, "mergekit_quirks": mergekit_quirks,
-            "strict": strict, "offline": offline, "chat_template": chat_template, "allow_pickle": allow_pickle,
+            "strict": strict, "offline": offline, "dequantize": dequantize, "chat_template": chat_template, "allow_pickle": allow_pickle,
             "acm_estimator": acm_estimator, "calibration": tuple(calibration or ()) or None, "samples": samples,
             "sequence_length": sequence_length, "pack": pack, "device": device,
         }  # fmt: skip

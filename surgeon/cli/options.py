@@ -43,6 +43,13 @@ AllowNonfinite = Annotated[
 AllowPickle = Annotated[
     bool, typer.Option("--allow-pickle", help="Read pickle checkpoints through torch's weights-only loader.")
 ]
+Dequantize = Annotated[
+    bool,
+    typer.Option(
+        "--dequantize",
+        help="Read quantized models as plain 16-bit numbers, converted while reading; recorded.",
+    ),
+]
 
 
 def byte_size(text: str | None, option: str) -> int | None:

@@ -26,6 +26,7 @@ from surgeon.deploy.export_request import ExportRequest
 from surgeon.derive import Derived, Source, plan_of
 from surgeon.errors import InputError, UsageError, Where
 from surgeon.execute import execute, preflight
+from surgeon.formats.dequantized import plain_needed
 from surgeon.output import staging
 from surgeon.output.manifest import MANIFEST
 from surgeon.plan import Plan
@@ -84,9 +85,9 @@ def export(
         The document ``surgeon export --json`` prints.
 
     Raises:
-        UsageError: E286 shapes DeciLM cannot say, E289 no such member.
+        UsageError: E285 a type GGUF does not have, E286 shapes DeciLM cannot say, E289 no such member.
         InputError: E311 quantized weights; E324, E325, E327, E330 the model cannot take this form; E328, E329 llama.cpp
-            computes something else.
+            computes something else; E466, E467 a matrix cannot have its GGUF type.
         OutputConflict, EnvironmentFault: destination, disk, memory, packages.
     """
     started = time.perf_counter()
@@ -95,12 +96,8 @@ def export(
     where = (destination or request.default_output(source.path, bare=bare)).absolute()
     said = _document(source, request, form, where)
     if request.to == "gguf":
-        from surgeon.deploy.export_gguf import write_gguf
-
-        found = write_gguf(
-            source, form.view, request, where, stored_dtype(form.view), overwrite=overwrite, dry_run=dry_run,
-            threads=threads or physical_cores(), memory_limit=memory_limit, progress=progress, stop=stop,
-        )  # fmt: skip
+        found = _gguf(source, request, form.view, where, overwrite=overwrite, dry_run=dry_run, threads=threads or physical_cores(),
+                      memory_limit=memory_limit, progress=progress, stop=stop)  # fmt: skip
     else:
         found = _folder(source, request, form, where, overwrite=overwrite, resume=resume, dry_run=dry_run,
                         threads=threads or physical_cores(), memory_limit=memory_limit, progress=progress, stop=stop)  # fmt: skip
@@ -124,6 +121,20 @@ def stored_dtype(checkpoint: Checkpoint) -> str:
     return max(sorted(usable), key=usable.__getitem__, default="float32")
 
 
+def _gguf(
+    source: Source, request: ExportRequest, view: Checkpoint, where: Path, **options: Any
+) -> dict[str, Any]:
+    from surgeon.deploy import gguf_choice, gguf_layout, gguf_rows
+    from surgeon.deploy.export_gguf import check_place, model_name, write_gguf
+
+    check_place(where)
+    types = gguf_choice.chosen(view, gguf_layout.plan(view), request.gguf_type, request.gguf_override)
+    return write_gguf(
+        source, view, where, dtype=request.dtype or stored_dtype(view), name=model_name(source, request.member),
+        recipe=request.recipe(), quantized=gguf_rows.rounded(view, types), check=request.check, **options,
+    )  # fmt: skip
+
+
 # ---- what is written --------------------------------------------------------------------------------
 
 
@@ -131,8 +142,11 @@ def _form(source: Source, request: ExportRequest) -> Form:
     view = source.checkpoint
     quantized = traits.quantized(view)
     if quantized and (request.to != "safetensors" or request.dtype or request.member):
-        raise InputError("E311", f"{view.label} is quantized ({quantized}); this needs plain weights", where=Where(view.label),
-                         help="use the checkpoint it was quantized from; without --dtype its stored form can be copied")  # fmt: skip
+        raise plain_needed(
+            view,
+            "this needs plain weights"
+            + ("; without --dtype its stored form can be copied" if request.dtype else ""),
+        )
     if view.config is None and (request.to != "safetensors" or request.member):
         raise InputError("E308", f"{view.label} has no config.json, which this form is made from", where=Where(view.label),
                          help="give the model folder; a bare file can only become another safetensors file")  # fmt: skip

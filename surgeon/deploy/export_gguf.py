@@ -1,4 +1,4 @@
-"""GGUF as a form of ``surgeon export``: written beside its place, asked by llama.cpp, then moved there.
+"""GGUF as the result of a command: written beside its place, asked by llama.cpp, then moved there.
 
 `surgeon.deploy.gguf` writes the file. Here is what makes it a command's result: an equal file is left alone, the
 disk is looked at first, and a file that llama.cpp reads as another model never arrives.
@@ -13,7 +13,7 @@ import math
 import os
 import secrets
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,9 @@ from surgeon.checkpoint.companions import TEMPLATE_FILES, TOKENIZER_FILES
 from surgeon.checkpoint.digests import known_digest, remember
 from surgeon.checkpoint.header import Header, printable
 from surgeon.checkpoint.strict_json import read_bytes
-from surgeon.deploy import gguf, gguf_layout, llama_cpp, per_layer
+from surgeon.deploy import gguf, gguf_layout, gguf_tensors, llama_cpp, per_layer
 from surgeon.deploy.configured import Configured
-from surgeon.deploy.export_request import ExportRequest
+from surgeon.deploy.gguf_rows import Dequantized, Rows
 from surgeon.deploy.gguf_tokenizer import read_tokenizer
 from surgeon.derive import Derived, Source, plan_of
 from surgeon.errors import EnvironmentFault, OutputConflict
@@ -48,70 +48,79 @@ Tell = Callable[[str, int, int], None]
 def write_gguf(
     source: Source,
     view: Checkpoint,
-    request: ExportRequest,
     where: Path,
-    stored: str,
     *,
-    overwrite: bool,
-    dry_run: bool,
-    threads: int,
-    memory_limit: int | None,
-    progress: Tell | None,
-    stop: threading.Event | None,
+    dtype: str,
+    name: str,
+    recipe: Mapping[str, Any],
+    quantized: Mapping[str, Rows] = gguf.EMPTY,
+    verb: str = "export",
+    check: bool = True,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    threads: int = 1,
+    memory_limit: int | None = None,
+    progress: Tell | None = None,
+    stop: threading.Event | None = None,
 ) -> dict[str, Any]:
-    """Write ``view`` as one GGUF file.
+    """Write ``view`` as one GGUF file, and publish it when llama.cpp computes the same from it.
 
     Args:
         source: the model, for names and the tokenizer.
-        view: what is written; the source itself, or a member of it.
-        stored: type most of its numbers are stored in; taken when no --dtype is given.
+        view: what is written, in plain numbers; the source itself, or a view of it.
+        where: the file.
+        dtype: float32, float16 or bfloat16, type of matrices that are not quantized.
+        name: the model's name in the file.
+        recipe: everything the result follows from beside the model's files, without paths.
+        quantized: matrix of ``view`` -> its blocks, from `surgeon.deploy.gguf_rows`; what llama.cpp computes is compared
+            with the values they stand for.
+        verb: of the command, for the manifest.
+        check: compare with transformers.
 
     Returns:
-        "output", "notes", "architecture" and "check" (what llama.cpp answered, or why it was not asked).
+        "output", "notes", "architecture", "types" (type -> tensors) and "check" (what llama.cpp answered, or why it was
+        not asked).
 
     Raises:
-        InputError: E328, E329 as `surgeon.deploy.gguf.write` and `surgeon.deploy.gguf_check.check`.
+        InputError: E328, E329 as `surgeon.deploy.gguf.write` and `surgeon.deploy.gguf_check.check`; E466, E467 a matrix
+            cannot have its type.
         OutputConflict: E601-E603. EnvironmentFault: E501 disk, E512 gguf is not installed.
     """
-    if where.suffix != ".gguf":
-        raise OutputConflict("E601", f"the result is one file; {printable(where.name)} must end in .gguf",
-                             help=f"-o {printable(where.name)}.gguf")  # fmt: skip
-    if importlib.util.find_spec("gguf") is None:
-        raise EnvironmentFault(
-            "E512", "gguf is not installed; it writes GGUF headers", help='pip install "model-surgeon[gguf]"'
-        )
-    dtype = request.dtype or stored
+    check_place(where)
+    types = {matrix: rows.kind for matrix, rows in quantized.items()}
     layout = gguf_layout.plan(view)
     folder = source.checkpoint.folder
     assert folder is not None and view.config is not None  # gguf_layout.plan refuses a bare file
     words = read_tokenizer(folder, int(view.config["vocab_size"]))
-    total = gguf.stored_bytes(layout, dtype)
+    total = gguf.Sizes(layout, words, dtype, name).of(types)
+    kinds = gguf_tensors.types_of(layout, gguf.TYPES[dtype], types)
     found: dict[str, Any] = {
-        "architecture": layout.architecture, "notes": [*layout.notes, *words.notes], "check": None,
+        "architecture": layout.architecture, "check": None, "types": gguf.counted(kinds),
+        "notes": [*(() if quantized else layout.notes), *words.notes],
         "output": {"bytes": total, "parameters": sum(math.prod(tensor.shape) for tensor in layout.tensors), "dtype": dtype},
     }  # fmt: skip
-    recipe = _recipe(source, view, request, folder)
-    same = _finished(where, recipe, dtype, view)
+    same = finished(source, view, where, recipe=recipe, dtype=dtype)
     if same is not None:
         found["output"] |= {"unchanged": True, "sha256": {where.name: same}, "bytes": where.stat().st_size}
         return found
     inputs = [folder, *(header.file for header in view.headers)]
     check_destination(where, inputs, overwrite=overwrite, is_file=True)
-    skipped = _cannot_check(view, request, memory_limit)
-    _check_disk(where, total, _reference_bytes(source, view) if skipped is None else 0)
+    reference = Dequantized(view, quantized) if quantized else view
+    skipped = "--no-check" if not check else _cannot_check(view, memory_limit)
+    _check_disk(where, total, _reference_bytes(source, reference) if skipped is None else 0)
     if dry_run:
         return found
     with _beside(where) as place:
         written = gguf.write(
-            view, place / where.name, dtype=dtype, tokenizer=folder, name=_name(source, request), recipe=recipe, stop=stop,
+            view, place / where.name, dtype=dtype, tokenizer=folder, name=name, quantized=quantized, verb=verb,
+            recipe=_whole_recipe(source, view, recipe, folder), stop=stop,
             progress=(lambda done, size: progress("writing", done, size)) if progress else None,
         )  # fmt: skip
         if skipped is None:
             if progress is not None:
                 progress("asking llama.cpp", 0, 1)
-            found["check"] = _checked(
-                source, view, place, where.name, dtype, folder, threads, memory_limit, stop
-            )
+            held = _reference(source, reference, place, where.name, folder, threads, memory_limit, stop)
+            found["check"] = _checked(place / where.name, held, dtype, quantized, folder)
         else:
             found["check"] = {"skipped": skipped}
             found["notes"].append(f"not compared with transformers: {skipped}")
@@ -120,11 +129,51 @@ def write_gguf(
     return found
 
 
-def _name(source: Source, request: ExportRequest) -> str:
-    return f"{source.key} {request.member}" if request.member else source.key
+def check_place(where: Path) -> None:
+    """Refuse a destination that is no GGUF file, and a machine that cannot write one.
+
+    Raises:
+        OutputConflict: E601. EnvironmentFault: E512 gguf is not installed.
+    """
+    if where.suffix != ".gguf":
+        raise OutputConflict("E601", f"the result is one file; {printable(where.name)} must end in .gguf",
+                             help=f"-o {printable(where.name)}.gguf")  # fmt: skip
+    if importlib.util.find_spec("gguf") is None:
+        raise EnvironmentFault(
+            "E512", "gguf is not installed; it writes GGUF headers", help='pip install "model-surgeon[gguf]"'
+        )
 
 
-def _recipe(source: Source, view: Checkpoint, request: ExportRequest, folder: Path) -> dict[str, Any]:
+def sizes(source: Source, view: Checkpoint, *, dtype: str, name: str) -> gguf.Sizes:
+    """Return what tells the bytes of the file `write_gguf` would write: ``sizes(...).of({matrix: "Q4_0"})``.
+
+    Raises:
+        InputError: E328, E365 llama.cpp has no graph for the model, E329 its tokenizer cannot be written.
+    """
+    layout = gguf_layout.plan(view)
+    folder = source.checkpoint.folder
+    assert folder is not None and view.config is not None
+    return gguf.Sizes(layout, read_tokenizer(folder, int(view.config["vocab_size"])), dtype, name)
+
+
+def finished(
+    source: Source, view: Checkpoint, where: Path, *, recipe: Mapping[str, Any], dtype: str
+) -> str | None:
+    """Return the sha256 of the file when it is there already, undamaged and made of the same; arguments as of `write_gguf`."""
+    folder = source.checkpoint.folder
+    if folder is None:
+        return None
+    return _finished(where, _whole_recipe(source, view, recipe, folder), dtype, view)
+
+
+def model_name(source: Source, member: str | None = None) -> str:
+    """Return what a file calls the model."""
+    return f"{source.key} {member}" if member else source.key
+
+
+def _whole_recipe(
+    source: Source, view: Checkpoint, recipe: Mapping[str, Any], folder: Path
+) -> dict[str, Any]:
     """Return what the file follows from beside the weights, without paths."""
     words = {
         name: hashlib.sha256(read_bytes(folder / name, 256_000_000)).hexdigest()
@@ -133,7 +182,7 @@ def _recipe(source: Source, view: Checkpoint, request: ExportRequest, folder: Pa
     }
     config = hashlib.sha256(json.dumps(view.config, sort_keys=True).encode()).hexdigest()
     return {
-        **request.recipe(), "model": {"key": source.key, "repo": source.repo, "commit": source.commit},
+        **recipe, "model": {"key": source.key, "repo": source.repo, "commit": source.commit},
         "view": getattr(view, "identity", ""), "config": config, "tokenizer": words,
     }  # fmt: skip
 
@@ -171,10 +220,8 @@ def _hashed(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _cannot_check(view: Checkpoint, request: ExportRequest, memory_limit: int | None) -> str | None:
+def _cannot_check(view: Checkpoint, memory_limit: int | None) -> str | None:
     """Return why llama.cpp is not asked about the file, None when it is."""
-    if not request.check:
-        return "--no-check"
     missing = [
         name for name in ("torch", "transformers", "xllamacpp") if importlib.util.find_spec(name) is None
     ]
@@ -232,24 +279,30 @@ def _publish(place: Path, where: Path) -> None:
     disk.sync_folder(where.parent)
 
 
-def _checked(
-    source: Source, view: Checkpoint, place: Path, name: str, dtype: str, folder: Path, threads: int,
+def _reference(
+    source: Source, view: Checkpoint, place: Path, title: str, folder: Path, threads: int,
     memory_limit: int | None, stop: threading.Event | None,
-) -> dict[str, Any]:  # fmt: skip
-    """Compare the file with the model as transformers loads it; what is no folder yet is written as one first."""
+) -> Path:  # fmt: skip
+    """Return the model as a folder that transformers loads; what is none yet is written as one."""
+    if _is_folder(source, view):
+        return folder
+    reference = place / "reference"
+    files: dict[str, bytes] = {}
+    if per_layer.is_per_layer(view.config or {}):
+        config, code = per_layer.finish(view.config or {})
+        view, files = Configured(view, config), dict(code)
+    derived = Derived(view, {}, "export", {}, title, files)
+    execute(plan_of(source, {"": derived}, verb="export"), reference, threads=threads, memory_limit=memory_limit,
+            resume=False, stop=stop)  # fmt: skip
+    return reference
+
+
+def _checked(
+    file: Path, reference: Path, dtype: str, quantized: Mapping[str, Rows], folder: Path
+) -> dict[str, Any]:
     from surgeon.deploy.gguf_check import check
 
-    reference = folder
-    if not _is_folder(source, view):
-        reference = place / "reference"
-        files: dict[str, bytes] = {}
-        if per_layer.is_per_layer(view.config or {}):
-            config, code = per_layer.finish(view.config or {})
-            view, files = Configured(view, config), dict(code)
-        derived = Derived(view, {}, "export", {}, name, files)
-        execute(plan_of(source, {"": derived}, verb="export"), reference, threads=threads, memory_limit=memory_limit,
-                resume=False, stop=stop)  # fmt: skip
-    agreed = check(place / name, reference, dtype=dtype, tokenizer=folder)
+    agreed = check(file, reference, dtype=dtype, quantized=quantized, tokenizer=folder)
     return {
         "texts": agreed.texts, "prompts": agreed.prompts, "kl": agreed.divergence,
         "largest_difference": agreed.difference, "same_first_choice": agreed.same_choice,

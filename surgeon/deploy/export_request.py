@@ -8,11 +8,12 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from surgeon.checkpoint.header import printable
+from surgeon.deploy.gguf_choice import parse_override, parse_type
 from surgeon.errors import UsageError, close_matches
 
 FORMATS = {
     "safetensors": "a clean model folder: another float type, other shards, pickles turned into safetensors",
-    "gguf": "one file for llama.cpp; layers may differ in size",
+    "gguf": "one file for llama.cpp, its matrices plain or quantized; layers may differ in size",
     "decilm": "a folder for vLLM and TensorRT-LLM, layers may differ in size (Llama and Mistral families)",
 }
 """Form -> one line."""
@@ -30,18 +31,21 @@ class ExportRequest(BaseModel):
     to: str = "safetensors"
     member: str | None = None
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    gguf_type: str | None = None
+    gguf_override: tuple[str, ...] = ()
     max_shard_size: int = Field(default=5_000_000_000, ge=1)
     check: bool = True
     allow_pickle: bool = False
     allow_nonfinite: bool = False
+    dequantize: bool = False
     ignore_unlisted: bool = False
     weights: str = "auto"
     offline: bool = False
 
     def checked(self) -> ExportRequest:
-        """Refuse a form that does not exist (E285)."""
+        """Refuse a form that does not exist, and types of another form (E285)."""
         if self.to in FORMATS:
-            return self
+            return self._with_known_types()
         forms = "; ".join(f"{name}: {line}" for name, line in FORMATS.items())
         if self.to in QUANTIZED:
             raise UsageError("E285", f"{self.to} holds quantized weights, and quantizing is not part of this version",
@@ -50,11 +54,28 @@ class ExportRequest(BaseModel):
         raise UsageError("E285", f'there is no form "{printable(self.to)[:60]}" to export to',
                          help=(f"{near} " if near else "") + f"forms are {forms}")  # fmt: skip
 
+    def _with_known_types(self) -> ExportRequest:
+        if (self.gguf_type or self.gguf_override) and self.to != "gguf":
+            option = "--gguf-type" if self.gguf_type else "--gguf-override"
+            raise UsageError(
+                "E285",
+                f"{option} says how matrices of a GGUF file are stored, not of {self.to}",
+                help="--to gguf",
+            )
+        if self.gguf_type:
+            parse_type(self.gguf_type, "--gguf-type")
+        for override in self.gguf_override:
+            parse_override(override)
+        return self
+
     def recipe(self) -> dict[str, Any]:
         """Return what of the request decides about the result, without paths."""
+        types = {"gguf_type": self.gguf_type, "gguf_override": list(self.gguf_override)}
         return {
+            **({name: value for name, value in types.items() if value}),
             "verb": "export", "to": self.to, "member": self.member, "dtype": self.dtype,
             "allow_pickle": self.allow_pickle, "allow_nonfinite": self.allow_nonfinite,
+            **({"dequantize": True} if self.dequantize else {}),
         }  # fmt: skip
 
     def command(self, key: str) -> str:
@@ -62,7 +83,10 @@ class ExportRequest(BaseModel):
         words = ["surgeon export", key]
         words += [f"--member {self.member}"] if self.member else []
         words += [f"--to {self.to}"] if self.to != "safetensors" else []
+        words += [f"--gguf-type {self.gguf_type}"] if self.gguf_type else []
+        words += [f"--gguf-override '{override}'" for override in self.gguf_override]
         words += [f"--dtype {self.dtype}"] if self.dtype else []
+        words += ["--dequantize"] if self.dequantize else []
         return " ".join([*words, "-o OUT"])
 
     def default_output(self, path: str, *, bare: bool) -> Path:
@@ -81,7 +105,7 @@ class ExportRequest(BaseModel):
         if bare:
             return here / f"{name}-export.safetensors"
         if self.to == "gguf":
-            return here / f"{name}.gguf"
+            return here / (f"{name}-{self.gguf_type.upper()}.gguf" if self.gguf_type else f"{name}.gguf")
         return here / (name if self.member and self.to == "safetensors" else f"{name}-{self.to}")
 
 

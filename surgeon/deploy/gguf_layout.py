@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from surgeon.checkpoint.checkpoint import Checkpoint
 from surgeon.checkpoint.header import printable
-from surgeon.deploy import per_layer
+from surgeon.deploy import gguf_experts, per_layer
+from surgeon.deploy.gguf_tensors import GgufLayout, GgufTensor, Piece
 from surgeon.errors import InputError, Where
 from surgeon.structure.cut import LayerShape
 
@@ -23,49 +23,9 @@ ZERO_FFN = 32
 """Channels of zeros written for a removed FFN: with width 0 the graph of `deci` drops the attention's output
 as well, and in the last layer it aborts. 32 is a row of the smallest quantization block."""
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe")
 INTERLEAVED = frozenset({"llama", "deci"})
 """Architectures whose rotary embedding turns neighbouring pairs; rows of queries and keys are reordered for it."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Rows of an output tensor: a tensor of the checkpoint, or (source None) ``rows`` of one value.
-
-    Attributes:
-        source: tensor name.
-        rows: how many.
-        head_dim: reorder the rows of every head from halves to neighbouring pairs; 0 leaves them.
-        value: what a piece without source is filled with.
-    """
-
-    source: str | None
-    rows: int
-    head_dim: int = 0
-    value: float = 0.0
-
-
-@dataclass(frozen=True)
-class GgufTensor:
-    """One tensor of the file: name, shape with the slowest axis first, pieces one below the other.
-
-    A tensor with ``values`` holds those instead.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    pieces: tuple[Piece, ...] = ()
-    values: tuple[float, ...] = ()
-
-
-@dataclass(frozen=True)
-class GgufLayout:
-    """Architecture, keys (without those of the tokenizer) and tensors of a file."""
-
-    architecture: str
-    keys: Mapping[str, Any]
-    tensors: tuple[GgufTensor, ...]
-    notes: tuple[str, ...] = ()
 
 
 def architecture(config: Mapping[str, Any]) -> tuple[str | None, str]:
@@ -83,6 +43,8 @@ def architecture(config: Mapping[str, Any]) -> tuple[str | None, str]:
         )
     if float(config.get("partial_rotary_factor") or 1.0) != 1.0:
         return None, "its rotary embedding covers a part of each head only"
+    if family in gguf_experts.NAMES:
+        return _with_experts(config)
     shapes = per_layer.block_shapes(config)
     own = is_uniform(shapes)
     if family == "qwen2":  # its graph takes hidden_size for the width of queries, whatever the head size
@@ -95,6 +57,21 @@ def architecture(config: Mapping[str, Any]) -> tuple[str | None, str]:
         )
     if family == "qwen3" and config.get("attention_bias"):
         return None, "its attention has biases, which llama.cpp's qwen3 has not"
+    return _turning(config, arch)
+
+
+def _with_experts(config: Mapping[str, Any]) -> tuple[str | None, str]:
+    if per_layer.is_per_layer(config):
+        return None, "its layers differ in size, which no graph of llama.cpp with experts computes"
+    arch = {"mixtral": "llama", "qwen3_moe": "qwen3moe"}[config["model_type"]]
+    odd = gguf_experts.reason(config)
+    if not odd and arch == "qwen3moe" and config.get("attention_bias"):
+        odd = "its attention has biases, which llama.cpp's qwen3moe has not"
+    return (None, odd) if odd else _turning(config, arch)
+
+
+def _turning(config: Mapping[str, Any], arch: str) -> tuple[str | None, str]:
+    """Return the architecture, or why it does not turn queries and keys as the model does."""
     kind = rope(config)["rope_type"]
     if kind not in ("default", "linear", "llama3"):
         return None, f"its rotary embedding is scaled by {printable(str(kind))}"
@@ -107,7 +84,7 @@ _FAMILY_REASONS = {
     "smollm3": "smollm3 leaves the rotary embedding out in some layers, which llama.cpp ties to the layer's number",
     **{name: f"{name} computes GELU and has norms behind its branches; no graph of llama.cpp does that for each layer"
        for name in ("gemma", "gemma2", "gemma3_text")},
-    **{name: f"{name} routes experts" for name in ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "deepseek_v2", "deepseek_v3", "granitemoe")},
+    **{name: f"{name} routes experts in a way that is not written here" for name in ("qwen2_moe", "olmoe", "gpt_oss", "deepseek_v2", "deepseek_v3", "granitemoe")},
 }  # fmt: skip
 
 
@@ -124,7 +101,7 @@ def slides(config: Mapping[str, Any]) -> bool:
     kinds = config.get("layer_types")
     if kinds is not None:
         return "sliding_attention" in kinds
-    if per_layer.base_type(config) == "mistral":
+    if per_layer.base_type(config) in ("mistral", "mixtral"):
         return window < config.get("max_position_embeddings", 131_072)
     return bool(config.get("use_sliding_window"))
 
@@ -157,6 +134,10 @@ def plan(checkpoint: Checkpoint) -> GgufLayout:
     if arch is None:
         raise InputError("E328", f"{checkpoint.label} cannot be written as GGUF: {reason}", where=Where(checkpoint.label),
                          help="keep the safetensors folder, which transformers loads")  # fmt: skip
+    stacked = gguf_experts.is_stacked(checkpoint.tensors) if _routes(config) else None
+    if stacked is not None:
+        raise InputError("E328", f"{checkpoint.label} cannot be written as GGUF: {stacked}", where=Where(checkpoint.label),
+                         help="save it with transformers 5, which writes every expert by itself")  # fmt: skip
     shapes = _written(arch, per_layer.block_shapes(config), per_layer.head_dim(config))
     tensors = list(_Names(checkpoint, config, arch).tensors(shapes))
     _check(checkpoint, tensors)
@@ -164,8 +145,16 @@ def plan(checkpoint: Checkpoint) -> GgufLayout:
         arch,
         _keys(config, arch, shapes),
         tuple(tensors),
-        tuple(quantization_notes(shapes, int(config["hidden_size"]))),
+        tuple(quantization_notes(shapes, int(config["hidden_size"]), _expert_width(config))),
     )
+
+
+def _routes(config: Mapping[str, Any]) -> bool:
+    return per_layer.base_type(config) in gguf_experts.NAMES
+
+
+def _expert_width(config: Mapping[str, Any]) -> int | None:
+    return gguf_experts.width(config) if _routes(config) else None
 
 
 def _written(arch: str, shapes: Sequence[LayerShape], head: int) -> list[LayerShape]:
@@ -207,6 +196,8 @@ def _keys(config: Mapping[str, Any], arch: str, shapes: Sequence[LayerShape]) ->
     if turning["rope_type"] == "linear":
         keys["rope.scaling.type"] = "linear"
         keys["rope.scaling.factor"] = float(turning["factor"])
+    if _routes(config):
+        keys |= gguf_experts.keys(config)
     return {f"{arch}.{key}": value for key, value in keys.items()}
 
 
@@ -230,9 +221,10 @@ def llama3_factors(size: int, parameters: Mapping[str, Any]) -> tuple[float, ...
     return tuple(found)
 
 
-def quantization_notes(shapes: Sequence[LayerShape], hidden: int) -> Iterator[str]:
+def quantization_notes(shapes: Sequence[LayerShape], hidden: int, expert: int | None = None) -> Iterator[str]:
     """Yield what a later llama-quantize will run into: rows that are no multiple of its blocks."""
-    rows = {"FFN width": {s.ffn for s in shapes}, "heads x head_dim": {s.heads * s.head_dim for s in shapes}, "hidden_size": {hidden}}  # fmt: skip
+    widths = {shape.ffn for shape in shapes} if expert is None else {expert}
+    rows = {"FFN width": widths, "heads x head_dim": {s.heads * s.head_dim for s in shapes}, "hidden_size": {hidden}}  # fmt: skip
     for block, what in ((256, "K-quants"), (32, "Q8_0, Q5 and Q4")):
         odd = {name: sorted(size for size in found if size % block) for name, found in rows.items()}
         named = "; ".join(f"{name} {', '.join(map(str, sizes[:4]))}" for name, sizes in odd.items() if sizes)
@@ -295,7 +287,7 @@ class _Names:
                     yield GgufTensor(
                         f"{block}attn_{part}.bias", (piece.rows,), (Piece(bias, piece.rows, piece.head_dim),)
                     )
-        if self.arch in ("openelm", "qwen3"):
+        if self.arch in ("openelm", "qwen3", "qwen3moe"):
             for part in ("q", "k"):
                 yield self._vector(
                     f"{block}attn_{part}_norm.weight",
@@ -312,10 +304,14 @@ class _Names:
         if not shape.ffn:
             return
         place, block = f"{self.prefix}layers.{number}.", f"blk.{number}."
-        absent = f"{place}mlp.down_proj.weight" not in self.held
+        routed = _routes(self.config)
+        absent = not routed and f"{place}mlp.down_proj.weight" not in self.held
         yield self._vector(
             f"{block}ffn_norm.weight", f"{place}post_attention_layernorm.weight", self.hidden, absent, 1.0
         )
+        if routed:
+            yield from gguf_experts.tensors(self.config, place, block)
+            return
         for part, rows, columns in (
             ("gate", shape.ffn, self.hidden),
             ("up", shape.ffn, self.hidden),
@@ -346,7 +342,7 @@ def _check(checkpoint: Checkpoint, tensors: Sequence[GgufTensor]) -> None:
             if piece.source is None:
                 continue
             used.add(piece.source)
-            wanted = (piece.rows, *tensor.shape[1:])
+            wanted = (piece.rows, tensor.columns) if len(tensor.shape) > 1 else (piece.rows,)
             info = checkpoint.tensors.get(piece.source)
             if info is None or info.shape != wanted:
                 fact = (

@@ -25,6 +25,7 @@ def open_server(path: str, context: int, threads: int) -> Any:
     settings.warmup = False
     settings.cache_prompt = False
     settings.n_gpu_layers = 0
+    settings.no_extra_bufts = True  # repacked weights (AMX) crash on some processors
     settings.cpuparams.n_threads = threads
     settings.cpuparams_batch.n_threads = threads
     settings.cache_type_k = settings.cache_type_v = library.ggml_type.GGML_TYPE_F32

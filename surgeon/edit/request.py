@@ -68,6 +68,7 @@ class EditRequest(BaseModel):
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     max_shard_size: int = Field(default=5_000_000_000, ge=1)
     allow_nonfinite: bool = False
+    dequantize: bool = False
     seed: int = 0
     offline: bool = False
 

@@ -13,6 +13,7 @@ from surgeon.checkpoint.checkpoint import Checkpoint
 from surgeon.checkpoint.dtypes import DTYPES
 from surgeon.checkpoint.header import printable
 from surgeon.errors import InputError, UsageError, Where
+from surgeon.formats.dequantized import plain_needed
 from surgeon.kernels.cast import widen
 from surgeon.traits import quantized
 
@@ -121,7 +122,7 @@ def stream_of(checkpoint: Checkpoint) -> Stream:
     """Find the residual stream of a decoder from its family's record.
 
     Raises:
-        InputError: E417 an unknown family, an encoder, a quantized model, or one without config.json.
+        InputError: E417 an unknown family, an encoder, or a model without config.json; E311 a quantized one.
     """
     config = checkpoint.config
     record = architectures.get((config or {}).get("model_type"))
@@ -133,10 +134,8 @@ def stream_of(checkpoint: Checkpoint) -> Stream:
         raise InputError("E417", f"{checkpoint.label}: a {record.model_type} model normalises its residual stream itself",
                          where=Where(checkpoint.label),
                          help="what is taken out of a matrix would come back in the norm; decoders can be edited")  # fmt: skip
-    coded = quantized(checkpoint)
-    if coded:
-        raise InputError("E417", f"{checkpoint.label} is quantized ({coded})", where=Where(checkpoint.label),
-                         help="edit the model it was made from, then quantize again")  # fmt: skip
+    if quantized(checkpoint):
+        raise plain_needed(checkpoint, "editing needs plain weights")
     tensors = {
         n: e for n, e in record.layout(config, checkpoint.tensors).tensors.items() if n in checkpoint.tensors
     }

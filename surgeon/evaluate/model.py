@@ -27,6 +27,7 @@ from surgeon.checkpoint.header import printable
 from surgeon.checkpoint.source import Located, locate, looks_local
 from surgeon.checkpoint.strict_json import read_json_object
 from surgeon.errors import EnvironmentFault, InputError, SurgeonError, UsageError, Where
+from surgeon.formats.dequantized import DequantizedView, dequantized, permitted, plain_needed
 from surgeon.system import memory_budget
 from surgeon.verify.readers import require
 
@@ -49,6 +50,7 @@ class Described:
         dtype: the type most parameters are stored in, as config.json writes it.
         sha256: over config.json, the tokenizer's and generation files and the weights' digests.
         text: the part of config.json that describes the language model.
+        decoded: what is said of a quantized model that is read as plain numbers; empty of any other.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Described:
     dtype: str
     sha256: str
     text: dict[str, Any]
+    decoded: tuple[str, ...] = ()
 
     @property
     def path(self) -> Path:
@@ -67,7 +70,7 @@ class Described:
         """Return what the result document says about it."""
         return {
             "name": self.name, "path": str(self.path), "parameters": self.parameters, "bytes": self.bytes,
-            "dtype": self.dtype, "sha256": self.sha256,
+            "dtype": self.dtype, "sha256": self.sha256, **({"dequantized": True} if self.decoded else {}),
         }  # fmt: skip
 
 
@@ -93,17 +96,26 @@ def find(reference: str, *, offline: bool = False) -> Located:
     return found
 
 
-def describe(found: Located) -> Described:
+def describe(found: Located, *, dequantize: bool = False) -> Described:
     """Read headers and configuration, and digest all files that decide what a model says.
 
     Digests of weights are taken from the cache where they were computed before.
+
+    Args:
+        found: the folder.
+        dequantize: a quantized model is to be read as plain numbers.
+
+    Raises:
+        InputError: as `surgeon.formats.dequantized.dequantized`.
     """
-    checkpoint = open_path(found.path, found.label, repo=found.repo)
+    stored = open_path(found.path, found.label, repo=found.repo)
     try:
+        checkpoint = permitted(stored, dequantize)
         digests = InputDigester(list(checkpoint.headers)).finish()
     finally:
-        checkpoint.close()
-    digest = hashlib.sha256()
+        stored.close()
+    decoded = () if checkpoint is stored else tuple(getattr(checkpoint, "notes", ()))
+    digest = hashlib.sha256(b"dequantized\n" if decoded else b"")
     for header in sorted(checkpoint.headers, key=lambda h: h.file.name):
         digest.update(f"{header.file.name} {digests[header.file]}\n".encode())
     for file in sorted(found.path.iterdir()):
@@ -112,13 +124,13 @@ def describe(found: Located) -> Described:
     sizes: dict[str, int] = {}
     for tensor in checkpoint.tensors.values():
         sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.elements
-    stored = max(sorted(sizes), key=lambda code: sizes[code], default="")
+    usual = max(sorted(sizes), key=lambda code: sizes[code], default="")
     names = {code: name for name, code in CODES.items()}
     # A folder of the hub cache is named by its commit, which says nothing to a reader.
     name = found.repo or found.path.resolve().name or str(found.path)
     return Described(
-        name, found, sum(sizes.values()), sum(t.nbytes for t in checkpoint.tensors.values()),
-        names.get(stored, stored), digest.hexdigest(), dict(traits.text_section(checkpoint.config or {})),
+        name, found, sum(sizes.values()), sum(t.nbytes for t in stored.tensors.values()),
+        names.get(usual, usual), digest.hexdigest(), dict(traits.text_section(checkpoint.config or {})), decoded,
     )  # fmt: skip
 
 
@@ -251,6 +263,8 @@ def load(described: Described, *, device: str, dtype: str, template: bool = True
     try:
         if is_per_layer(read_json_object(path / CONFIG_NAME)):
             model: Any = load_strictly(path, dtype=getattr(torch, dtype), device=device)
+        elif described.decoded:
+            model = _decoded(described, device, getattr(torch, dtype))
         else:
             with quiet_transformers():
                 model = _stock(path, device, getattr(torch, dtype))
@@ -289,6 +303,32 @@ def _stock(path: Path, device: str, dtype: Any) -> Any:
     return model
 
 
+def _decoded(described: Described, device: str, dtype: Any) -> Any:
+    """Load the plain numbers a quantized model stands for into a class of the library, strictly."""
+    from surgeon.calibrate.pieces import read_tensor
+    from surgeon.deploy.build import classes
+
+    view = open_stored(described)
+    try:
+        assert view.config is not None
+        tensors = {
+            name: read_tensor(view, name, 0, info.elements, dtype).reshape(info.shape)
+            for name, info in view.tensors.items()
+        }
+        parsed, kind = classes(view.config)
+    finally:
+        view.close()
+    placed: dict[str, Any] = {}
+    if device != "cpu":
+        placed = {"device_map": "auto" if device == "cuda" else {"": device}}
+    with quiet_transformers():
+        model, info = kind.from_pretrained(
+            None, config=parsed, state_dict=tensors, dtype=dtype, output_loading_info=True, **placed
+        )
+    check_complete(info, described.path)
+    return model
+
+
 def refuse_encoder(described: Described) -> None:
     """Refuse a model that fills masks (E392): transformers would give it a causal head and let it speak nonsense."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
@@ -317,7 +357,9 @@ def check_complete(info: dict[str, Any], path: Path) -> None:
 def _check_memory(described: Described, device: str, dtype: str, memory_limit: int | None) -> None:
     if device != "cpu":
         return
-    needed = described.parameters * (4 if dtype == "float32" else 2) + OVERHEAD
+    width = 4 if dtype == "float32" else 2
+    # Decoded tensors are handed over as a whole.
+    needed = described.parameters * width * (2 if described.decoded else 1) + OVERHEAD
     budget = memory_limit or memory_budget()
     if needed > budget:
         raise EnvironmentFault("E513", f"{described.name} needs about {needed / 1e9:.1f} GB of memory in {dtype}, {budget / 1e9:.1f} GB are available",
@@ -345,10 +387,18 @@ def one_line(error: BaseException) -> str:
     return printable(f"{type(error).__name__}: {' '.join(lines)}"[:300])
 
 
-def open_stored(described: Described) -> StoredCheckpoint | ExpandedView:
-    """Open the weights for streamed passes; a model whose layers differ is seen at the sizes of its source."""
+def open_stored(described: Described) -> StoredCheckpoint | ExpandedView | DequantizedView:
+    """Open the weights for streamed passes; a model whose layers differ is seen at the sizes of its source.
+
+    Raises:
+        InputError: E311 a quantized model that is not to be dequantized.
+    """
     from surgeon.deploy.expanded import ExpandedView
     from surgeon.deploy.per_layer import is_per_layer
 
     found = open_path(described.path, described.located.label, repo=described.located.repo)
+    if described.decoded:
+        return dequantized(found)
+    if traits.quantized(found):
+        raise plain_needed(found, "--perplexity and --kl read plain weights, layer by layer")
     return ExpandedView(found) if is_per_layer(found.config or {}) else found

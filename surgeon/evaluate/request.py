@@ -56,6 +56,7 @@ class EvalRequest(BaseModel):
     memory_limit: int | None = Field(default=None, ge=1)
     seed: int = 0
     offline: bool = False
+    dequantize: bool = False
 
     @field_validator("batch_size")
     @classmethod

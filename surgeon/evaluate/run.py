@@ -101,14 +101,10 @@ class _Evaluation:
         domains = tuple(sorted({q.domain for q in questions.questions if q.domain})) if questions else ()
         gates.check_metrics(parsed, request.metric_names(domains), open_ended=bool(request.tasks))
         self._limit(parsed, bool(questions and questions.limited) or bool(request.tasks and request.limit))
-        model = describe(find(request.model, offline=request.offline))
+        model = self._describe(request.model)
         given = self._baseline_document(questions)
-        other = (
-            describe(find(request.baseline, offline=request.offline))
-            if request.baseline and given is None
-            else None
-        )
-        reference = describe(find(request.kl, offline=request.offline)) if request.kl else None
+        other = self._describe(request.baseline) if request.baseline and given is None else None
+        reference = self._describe(request.kl) if request.kl else None
         if questions or request.tasks or request.perplexity:
             for speaking in (m for m in (model, other) if m is not None):
                 refuse_encoder(speaking)
@@ -181,6 +177,11 @@ class _Evaluation:
         from surgeon.evaluate.texts import SHIPPED
 
         return (self.request.text or SHIPPED) if self.request.kl else None
+
+    def _describe(self, reference: str) -> Described:
+        found = describe(find(reference, offline=self.request.offline), dequantize=self.request.dequantize)
+        self.notes.extend(f"{found.name}: {note}" for note in found.decoded)
+        return found
 
     # ---- one model -----------------------------------------------------------------------------
 

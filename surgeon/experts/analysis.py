@@ -122,9 +122,7 @@ def analyse(
     """
     measure = measure or MeasureSettings()
     kept = _kept(experts, keep)
-    if criteria.get(criterion).needs != "routing":
-        raise UsageError("E246", f"domains cannot be compared by {criterion}, which does not look at text",
-                         help="use easy_ep, reap or another criterion of routing")  # fmt: skip
+    criteria.of_routing(criterion)
     lengths = [len(sample.ids) for sample in samples]
     measure = _measured(measure, windows, lengths, experts)
     taken = RoutingMeasures(experts, lengths, measure)

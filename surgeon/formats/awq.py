@@ -12,9 +12,9 @@ import numpy as np
 
 from surgeon.checkpoint.checkpoint import Checkpoint
 from surgeon.formats.encoded import (
+    Config,
     Encoded,
     Format,
-    Scheme,
     group_sizes,
     misfit,
     missing,
@@ -34,7 +34,7 @@ def unpacked(words: np.ndarray) -> np.ndarray:
     return codes.astype(np.uint8).reshape(len(words), -1)
 
 
-def _find(checkpoint: Checkpoint, scheme: Scheme) -> Iterator[Encoded]:
+def _find(checkpoint: Checkpoint, config: Config) -> Iterator[Encoded]:
     for payload, info in checkpoint.tensors.items():
         stem = payload.removesuffix("qweight")
         if stem == payload or info.dtype != "I32" or len(info.shape) != 2:
@@ -46,7 +46,7 @@ def _find(checkpoint: Checkpoint, scheme: Scheme) -> Iterator[Encoded]:
         held, packed = checkpoint.tensors[scales], checkpoint.tensors[zeros]
         if len(held.shape) == 2 and held.shape[1] == info.shape[1]:
             continue  # several inputs a word: GPTQ
-        version = str(scheme.get("version") or "gemm").lower()
+        version = str(config.get("version") or "gemm").lower()
         if version != "gemm":
             raise unreadable(checkpoint, payload, f"AWQ files packed as {version[:40]!r}")
         inputs, outputs = info.shape[0], 8 * info.shape[1]
@@ -55,12 +55,13 @@ def _find(checkpoint: Checkpoint, scheme: Scheme) -> Iterator[Encoded]:
             misfit(checkpoint, payload, scales)
         if packed.dtype != "I32" or packed.shape != (groups, info.shape[1]):
             misfit(checkpoint, scales, zeros)
-        group = group_sizes(scheme, inputs, groups)
+        group = group_sizes(config, inputs, groups)
         if not group:
             misfit(checkpoint, payload, scales)
         yield InputMajor(
             checkpoint, f"{stem}weight", (outputs, inputs), plain_dtype(checkpoint, scales), (payload, zeros, scales), 4,
             group, False, unpacked, _zero,
+            config.get("zero_point") is False,
         )  # fmt: skip
 
 

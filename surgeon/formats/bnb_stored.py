@@ -12,18 +12,19 @@ import numpy as np
 
 from surgeon.checkpoint.checkpoint import Checkpoint
 from surgeon.checkpoint.dtypes import CODES, DTYPES
-from surgeon.formats.bnb import levels
+from surgeon.formats.bnb import FP4, INT8, NF4, levels
 from surgeon.formats.encoded import (
     CHUNK,
+    Config,
     Encoded,
     Format,
-    Scheme,
     misfit,
     missing,
     numbers,
     row_chunks,
     unreadable,
 )
+from surgeon.formats.scheme import Scheme
 from surgeon.kernels.cast import narrow
 
 BYTE = np.float32(7.874015718698502e-3)
@@ -66,6 +67,14 @@ class FourBits:
     kind: str
     block: int
     nested: Nested | None
+
+    @property
+    def scheme(self) -> Scheme:
+        return NF4 if self.kind == "nf4" else FP4
+
+    @property
+    def words(self) -> str:
+        return self.kind if self.nested is None else f"{self.kind}, scales quantized too"
 
     @property
     def granularity(self) -> int:
@@ -132,6 +141,14 @@ class EightBits:
     dtype: str = "F16"
 
     @property
+    def scheme(self) -> Scheme:
+        return INT8
+
+    @property
+    def words(self) -> str:
+        return "int8, rows of bitsandbytes"
+
+    @property
     def granularity(self) -> int:
         return self.shape[1]
 
@@ -149,7 +166,7 @@ class EightBits:
         return codes.astype(np.float32) * scales[:, None] * BYTE
 
 
-def _find(checkpoint: Checkpoint, scheme: Scheme) -> Iterator[Encoded]:
+def _find(checkpoint: Checkpoint, config: Config) -> Iterator[Encoded]:
     for name, info in checkpoint.tensors.items():
         for kind in ("nf4", "fp4"):
             if f"{name}.quant_state.bitsandbytes__{kind}" in checkpoint.tensors:

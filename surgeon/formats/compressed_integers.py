@@ -16,11 +16,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from surgeon.checkpoint.checkpoint import Checkpoint
+from surgeon.formats.declared_groups import CompressedTensors
 from surgeon.formats.encoded import (
     CHUNK,
+    Config,
     Encoded,
     Format,
-    Scheme,
     group_sizes,
     groups_of,
     misfit,
@@ -30,9 +31,11 @@ from surgeon.formats.encoded import (
     row_chunks,
     unreadable,
 )
+from surgeon.formats.scheme import Scheme
+from surgeon.formats.storage import Storage
 
 BITS = (2, 4, 8)
-"""Widths that divide a byte, which the library packed the same way in all its versions."""
+"""Widths that divide a byte, which the library packed the same way in all its versions; 3, 5, 6 and 7 bits since 0.20."""
 
 
 def unpacked(words: np.ndarray, bits: int) -> np.ndarray:
@@ -88,6 +91,14 @@ class Integers:
     group: int
 
     @property
+    def scheme(self) -> Scheme:
+        return Scheme("int", self.bits or 8, -1 if self._groups == 1 else self.group, self.zeros is None)
+
+    @property
+    def words(self) -> str:
+        return f"{self.scheme.name}, a scale a matrix" if self._whole else self.scheme.name
+
+    @property
     def granularity(self) -> int:
         return self.shape[1]
 
@@ -103,13 +114,20 @@ class Integers:
 
     @property
     def _groups(self) -> int:
-        return self.checkpoint.tensors[self.scales].elements // self.shape[0]
+        return max(1, self.checkpoint.tensors[self.scales].elements // self.shape[0])
+
+    @property
+    def _whole(self) -> bool:
+        """Whether there is one scale for the matrix."""
+        return self.checkpoint.tensors[self.scales].elements == 1
 
     def _rows(self, first: int, last: int, group: np.ndarray) -> np.ndarray:
         groups = self._groups
         values = self._codes(first, last).astype(np.float32)
         if self.zeros is not None:
             values -= self._zero_points(self.zeros, first, last)[:, group]
+        if self._whole:
+            return values * numbers(self.checkpoint, self.scales, 0, 1)
         scales = numbers(self.checkpoint, self.scales, first * groups, last * groups).reshape(-1, groups)
         with np.errstate(over="ignore", invalid="ignore"):
             values *= scales if groups == 1 else scales[:, group]
@@ -127,6 +145,8 @@ class Integers:
     def _zero_points(self, zeros: str, first: int, last: int) -> np.ndarray:
         """Return the zero points of some rows: float32 [last - first, groups]."""
         groups = self._groups
+        if self._whole:
+            return self.checkpoint.read(zeros, 0, 1).astype(np.float32).reshape(1, 1)
         if self.checkpoint.tensors[zeros].dtype == "I8":
             raw = self.checkpoint.read(zeros, first * groups, last * groups)
             return raw.reshape(-1, groups).astype(np.float32)
@@ -137,7 +157,8 @@ class Integers:
         return codes.astype(np.float32) - (1 << (self.bits - 1))
 
 
-def _find(checkpoint: Checkpoint, scheme: Scheme) -> Iterator[Encoded]:
+def _find(checkpoint: Checkpoint, config: Config) -> Iterator[Encoded]:
+    declared = CompressedTensors(config) if isinstance(config.get("config_groups"), dict) else None
     for payload, info in checkpoint.tensors.items():
         packed = payload.endswith(".weight_packed") and info.dtype == "I32"
         whole = payload.endswith(".weight") and info.dtype == "I8"
@@ -148,23 +169,33 @@ def _find(checkpoint: Checkpoint, scheme: Scheme) -> Iterator[Encoded]:
         if scales not in checkpoint.tensors:
             missing(checkpoint, payload, scales)
         shape = _shape(checkpoint, payload, f"{name}_shape") if packed else (info.shape[0], info.shape[1])
-        bits = _bits(checkpoint, payload, shape, scheme) if packed else 0
+        said = declared.of(name.removesuffix(".weight")).storage if declared else None
+        bits = _bits(checkpoint, payload, shape, said, declared) if packed else 0
         held = checkpoint.tensors[scales]
-        groups = held.elements // max(1, shape[0])
-        if held.dtype not in ("F32", "F16", "BF16") or held.shape not in ((shape[0], groups), (shape[0],)):
+        groups = max(1, held.elements // max(1, shape[0]))
+        whole = held.elements == 1 and (said is None or said.group == 0)
+        if held.dtype not in ("F32", "F16", "BF16") or not (
+            whole or held.shape in ((shape[0], groups), (shape[0],))
+        ):
             misfit(checkpoint, payload, scales)
         parts = [payload, scales]
         if packed:
             parts.append(f"{name}_shape")
         if zeros in checkpoint.tensors:
-            _check_zeros(checkpoint, scales, zeros, shape[0], groups, bits)
+            _check_zeros(checkpoint, scales, zeros, shape[0], groups, bits, whole)
             parts.append(zeros)
         if order in checkpoint.tensors:
             if checkpoint.tensors[order].shape != shape[1:]:
                 misfit(checkpoint, payload, order)
             parts.append(order)
-        group = group_sizes(scheme, shape[1], groups)
-        if not group:
+        group = (
+            said.group
+            if said and said.group > 0
+            else group_sizes({}, shape[1], groups)
+            if said
+            else group_sizes(config, shape[1], groups)
+        )
+        if not group or -(-shape[1] // group) != groups:
             misfit(checkpoint, payload, scales)
         yield Integers(
             checkpoint, name, shape, plain_dtype(checkpoint, scales), tuple(parts), bits, scales,
@@ -185,27 +216,38 @@ def _shape(checkpoint: Checkpoint, payload: str, name: str) -> tuple[int, int]:
     return rows, columns
 
 
-def _bits(checkpoint: Checkpoint, payload: str, shape: tuple[int, int], scheme: Scheme) -> int:
-    """Return the bits of a code, from the sizes; where those leave a choice, config.json makes it."""
+def _bits(
+    checkpoint: Checkpoint,
+    payload: str,
+    shape: tuple[int, int],
+    said: Storage | None,
+    declared: CompressedTensors | None,
+) -> int:
+    """Return the bits of a code: what config.json says of the module, else what the sizes leave no choice about."""
     words = checkpoint.tensors[payload].shape[1]
     fitting = {bits for bits in range(1, 9) if -(-shape[1] * bits // 32) == words}
-    groups = scheme.get("config_groups")
-    said = {
-        group["weights"].get("num_bits")
-        for group in (groups.values() if isinstance(groups, dict) else ())
-        if isinstance(group, dict) and isinstance(group.get("weights"), dict)
-    }
-    found = fitting & said or fitting
+    dense = declared is not None and declared.packs_densely
+    if said is not None and said.bits not in BITS and not dense:
+        raise unreadable(checkpoint, payload, f"codes of {said.bits} bits packed by a version of compressed-tensors before 0.20, "
+                         "which left gaps between words")  # fmt: skip
+    found = {said.bits} & fitting if said is not None else fitting
     if not found:
         misfit(checkpoint, payload, payload.replace("_packed", "_shape"))
-    if len(found) > 1 or not found <= set(BITS):
-        raise unreadable(checkpoint, payload, f"codes of {' or '.join(map(str, sorted(found)))} bits; "
-                         f"{', '.join(map(str, BITS))} can be read")  # fmt: skip
+    if len(found) > 1 or not (dense or found <= set(BITS)):
+        raise unreadable(
+            checkpoint,
+            payload,
+            f"codes of {' or '.join(map(str, sorted(found)))} bits, of which config.json says nothing definite",
+        )
     return found.pop()
 
 
-def _check_zeros(checkpoint: Checkpoint, scales: str, zeros: str, rows: int, groups: int, bits: int) -> None:
+def _check_zeros(
+    checkpoint: Checkpoint, scales: str, zeros: str, rows: int, groups: int, bits: int, whole: bool
+) -> None:
     info = checkpoint.tensors[zeros]
+    if whole and info.elements == 1 and info.dtype == "I8":
+        return
     words = -(-rows * bits // 32)
     fits = (
         info.shape == (words, groups)

@@ -1,10 +1,12 @@
 """A quantized model as a Checkpoint of plain numbers, decoded while it is read.
 
     for a pass over layers, a comparison, statistics:    runnable(checkpoint)
+    for a command that was given --dequantize, or not:   permitted(checkpoint, dequantize)
 
 Every quantized matrix appears under its plain name and in its plain shape, rounded to the 16-bit type its readers
 compute with, which is what the stock library holds in memory after dequantizing; scales and packed values are gone,
-everything else is as stored. Ranges are decoded on their own: no matrix is held as a whole.
+everything else is as stored. Ranges are decoded on their own: no matrix is held as a whole. Names that auto-round's readers
+want are those of the hub again.
 """
 
 from __future__ import annotations
@@ -13,19 +15,29 @@ import copy
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from surgeon import architectures
 from surgeon.checkpoint.checkpoint import Checkpoint
 from surgeon.checkpoint.dtypes import CONFIG_NAMES, DTYPES
 from surgeon.checkpoint.header import TensorInfo, printable
 from surgeon.errors import InputError, Where
-from surgeon.formats import awq, bnb_stored, compressed_integers, fp8_block, gptq, mxfp4
-from surgeon.formats.encoded import Encoded, Format, Scheme, unreadable
+from surgeon.formats import (
+    auto_round,
+    awq,
+    bnb_stored,
+    compressed_integers,
+    float4_packed,
+    fp8_block,
+    gptq,
+    mxfp4,
+)
+from surgeon.formats.encoded import Config, Encoded, Format, unreadable
 from surgeon.traits import quantized, text_section
 
 FORMATS: tuple[Format, ...] = (
@@ -35,6 +47,7 @@ FORMATS: tuple[Format, ...] = (
     awq.FORMAT,
     bnb_stored.FORMAT,
     compressed_integers.FORMAT,
+    float4_packed.FORMAT,
 )
 SECTIONS = ("quantization_config", "compression_config")
 
@@ -51,6 +64,53 @@ def runnable(checkpoint: Checkpoint) -> Checkpoint:
         InputError: as `dequantized`.
     """
     return checkpoint if quantized(checkpoint) is None else dequantized(checkpoint)
+
+
+def permitted(checkpoint: Checkpoint, dequantize: bool) -> Checkpoint:
+    """Return a model as a command works on it: as it is, or as plain numbers where that was asked for.
+
+    Args:
+        checkpoint: as opened.
+        dequantize: whether the user permits it (``--dequantize``); plain models are returned as they are.
+
+    Raises:
+        InputError: as `dequantized`.
+    """
+    return runnable(checkpoint) if dequantize else checkpoint
+
+
+def plain_needed(checkpoint: Checkpoint, why: str) -> InputError:
+    """Return the refusal of a quantized model by a command that needs plain numbers: E311.
+
+    Args:
+        checkpoint: a quantized model.
+        why: "merging needs plain weights".
+    """
+    name = quantized(checkpoint)
+    try:
+        view = dequantized(checkpoint)
+    except InputError as error:
+        return InputError(
+            "E311", f"{checkpoint.label} is quantized ({name}); {why}", where=Where(checkpoint.label),
+            help=f"use the model it was made from; it cannot be dequantized here: {error.message}",
+        )  # fmt: skip
+    beside = max(encoded.beside for encoded in view.matrices.values())
+    counted = " and ".join(f"{number:,} matrices" for _, number in sorted(view.formats.items()))
+    return InputError(
+        "E311", f"{checkpoint.label} is quantized ({name}, {counted}); {why}", where=Where(checkpoint.label),
+        help=f"--dequantize converts while reading (+{max(1, round(beside / 1e6)):,} MB memory a thread); "
+        "or use the model it was made from",
+    )  # fmt: skip
+
+
+def permissions(checkpoint: Checkpoint) -> dict[str, int] | None:
+    """Return what a manifest records of a model that is read dequantized, None of one that is read as it is.
+
+    Returns:
+        Format -> matrices, of the view itself or of one it lies under (an adapter).
+    """
+    found = getattr(checkpoint, "base", checkpoint)
+    return dict(found.formats) if isinstance(found, DequantizedView) else None
 
 
 def is_dequantizable(checkpoint: Checkpoint) -> str | None:
@@ -86,6 +146,8 @@ class DequantizedView:
         config: the source's without what speaks of quantization, and with the type of the decoded matrices.
         tensors: name -> TensorInfo of the plain model.
         formats: name of the format -> matrices decoded from it.
+        matrices: name -> the matrix as it is stored.
+        dropped: names of tensors about activations, which a plain model does not have.
         notes: sentences on what is done.
         identity: digest of how the source is read, for ids of plans and passes.
     """
@@ -96,101 +158,141 @@ class DequantizedView:
         self.adapter_folder: Path | None = getattr(checkpoint, "adapter_folder", None)
         self.headers = checkpoint.headers
         scheme = scheme_of(checkpoint.config)
-        self._encoded: dict[str, Encoded] = {}
+        self.matrices: dict[str, Encoded] = {}
         self.formats: dict[str, int] = {}
-        for kind in _formats(checkpoint, scheme):
+        self._stored: dict[str, str] = {}
+        kinds = _formats(checkpoint, scheme)
+        self._hub = hub_names(checkpoint, scheme)
+        for kind in kinds:
             for encoded in kind.find(checkpoint, scheme):
                 self._add(kind, encoded)
         self.tensors: dict[str, TensorInfo] = {}
-        dropped = self._lay_out()
-        types = {encoded.dtype for encoded in self._encoded.values()}
+        self.dropped: tuple[str, ...] = tuple(self._lay_out())
+        types = {encoded.dtype for encoded in self.matrices.values()}
         dtype = types.pop() if len(types) == 1 else "BF16"
         self.config = plain_config(checkpoint.config, CONFIG_NAMES[dtype])
-        _check_rest(self, self._encoded)
+        _check_rest(self, self.matrices)
         counted = ", ".join(f"{number:,} as {name}" for name, number in sorted(self.formats.items()))
         self.notes: list[str] = [
-            f"{len(self._encoded):,} quantized matrices are read as {CONFIG_NAMES[dtype]} numbers ({counted})"
+            *getattr(checkpoint, "notes", ()),
+            f"{len(self.matrices):,} quantized matrices are read as {CONFIG_NAMES[dtype]} numbers ({counted})",
         ]
-        if dropped:
+        if self.dropped:
             self.notes.append(
-                f"{dropped:,} scales of activations are not used: only weights are quantized here"
+                f"{len(self.dropped):,} scales of activations are not used: only weights are quantized here"
             )
+        if self._stored:
+            self.notes.append(f"{len(self._stored):,} tensors have the names of the hub again")
         digest = hashlib.sha256(b"dequantized 1\0")
         digest.update(f"{getattr(checkpoint, 'identity', '')}\0".encode())
         digest.update(json.dumps(scheme, sort_keys=True, default=str).encode())
         self.identity = digest.hexdigest()
 
+    def _named(self, stored: str) -> str:
+        """Return the name of a plain tensor, from that in the files."""
+        name = self._hub.get(stored, stored)
+        if name != stored:
+            self._stored[name] = stored
+        return name
+
     def _add(self, kind: Format, encoded: Encoded) -> None:
-        name = encoded.name
-        if name in self._encoded or (name in self.source.tensors and name not in encoded.parts):
+        name = self._named(encoded.name)
+        if name in self.matrices or (
+            encoded.name in self.source.tensors and encoded.name not in encoded.parts
+        ):
             raise InputError(
                 "E447", f"{self.label} holds {printable(name)} both plain and quantized, or quantized twice",
                 where=Where(self.label, tensor=printable(name)), help="a conversion left both behind; remove one of them",
             )  # fmt: skip
-        self._encoded[name] = encoded
+        self.matrices[name] = encoded
         self.formats[kind.name] = self.formats.get(kind.name, 0) + 1
 
-    def _lay_out(self) -> int:
-        """Fill ``tensors`` in the source's order; return how many tensors about activations are left out."""
-        payloads = {encoded.parts[0]: encoded for encoded in self._encoded.values()}
-        parts = {part for encoded in self._encoded.values() for part in encoded.parts}
-        dropped = 0
+    def _lay_out(self) -> Iterator[str]:
+        """Fill ``tensors`` in the source's order; yield the tensors about activations, which are left out."""
+        payloads = {encoded.parts[0]: (name, encoded) for name, encoded in self.matrices.items()}
+        parts = {part for encoded in self.matrices.values() for part in encoded.parts}
         for name, info in self.source.tensors.items():
-            encoded = payloads.get(name)
-            if encoded is not None:
-                info = replace(info, name=encoded.name, dtype=encoded.dtype, shape=encoded.shape)
+            if name in payloads:
+                plain, encoded = payloads[name]
+                info = replace(info, name=plain, dtype=encoded.dtype, shape=encoded.shape)
                 size = info.elements * DTYPES[info.dtype].bits // 8
                 self.tensors[info.name] = replace(info, nbytes=size)
             elif name in parts:
                 continue
             elif _ACTIVATIONS.search(name):
-                dropped += 1
+                yield name
             else:
-                self.tensors[name] = info
-        return dropped
+                plain = self._named(name)
+                self.tensors[plain] = replace(info, name=plain)
 
     def computed(self, name: str) -> bool:
         """Say whether values are decoded or computed, so that a byte copy is impossible."""
         inner = getattr(self.source, "computed", None)
-        return name in self._encoded or (inner is not None and inner(name))
+        return name in self.matrices or (inner is not None and inner(self._stored.get(name, name)))
 
     def stored_dtype(self, name: str) -> str:
         """Return the storage type a tensor is written in."""
         inner = getattr(self.source, "stored_dtype", None)
-        if inner is None or name in self._encoded:
+        if inner is None or name in self.matrices:
             return self.tensors[name].dtype
-        return inner(name)
+        return inner(self._stored.get(name, name))
 
     def granularity(self, name: str) -> int:
         """Elements that are cheapest to read together: a row, or the columns of whole packed blocks."""
-        encoded = self._encoded.get(name)
-        return self.source.granularity(name) if encoded is None else encoded.granularity
+        encoded = self.matrices.get(name)
+        stored = self._stored.get(name, name)
+        return self.source.granularity(stored) if encoded is None else encoded.granularity
 
     def memory(self, name: str) -> int:
         """Return the bytes held beside the blocks while a tensor is worked on."""
         inner = getattr(self.source, "memory", lambda name: 0)
-        encoded = self._encoded.get(name)
-        return inner(name) if encoded is None else encoded.beside + sum(map(inner, encoded.parts))
+        encoded = self.matrices.get(name)
+        stored = self._stored.get(name, name)
+        return inner(stored) if encoded is None else encoded.beside + sum(map(inner, encoded.parts))
 
     def kept_bytes(self, name: str) -> int:
         """Return the bytes that stay in memory after a tensor was read."""
         inner = getattr(self.source, "kept_bytes", lambda name: 0)
-        encoded = self._encoded.get(name)
-        return inner(name) if encoded is None else sum(map(inner, encoded.parts))
+        encoded = self.matrices.get(name)
+        stored = self._stored.get(name, name)
+        return inner(stored) if encoded is None else sum(map(inner, encoded.parts))
 
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
         """Return elements [start, stop) of the flattened tensor: decoded values in their 16-bit type, or the source's."""
-        encoded = self._encoded.get(name)
-        return self.source.read(name, start, stop) if encoded is None else encoded.read(start, stop)
+        encoded = self.matrices.get(name)
+        stored = self._stored.get(name, name)
+        return self.source.read(stored, start, stop) if encoded is None else encoded.read(start, stop)
 
     def read_bytes(self, name: str, start: int, stop: int) -> np.ndarray:
         """Return stored bytes of a tensor that is not quantized."""
         if self.computed(name):
             raise AssertionError(f"{name} is decoded; it has no stored bytes")
-        return self.source.read_bytes(name, start, stop)
+        return self.source.read_bytes(self._stored.get(name, name), start, stop)
+
+    def close(self) -> None:
+        """Close the files behind it."""
+        close = getattr(self.source, "close", None)
+        if close is not None:
+            close()
 
 
-def scheme_of(config: Mapping[str, Any] | None) -> Scheme:
+def hub_names(checkpoint: Checkpoint, config: Config) -> dict[str, str]:
+    """Return name in the files -> name on the hub, of what was renamed for the readers of auto-round's models."""
+    whole = checkpoint.config or {}
+    family = text_section(whole).get("model_type") or whole.get("model_type")
+    record = architectures.get(whole.get("model_type"))
+    if config.get("quant_method") != "auto-round" or family not in auto_round.NAMES or record is None:
+        return {}
+    held = {re.sub(r"\.(qweight|qzeros|scales|g_idx)$", ".weight", name) for name in checkpoint.tensors}
+    best: dict[str, str] = {}
+    for layout in record.layouts(whole):
+        renamed = {auto_round.stored_name(name, family): name for name in layout.tensors}
+        found = {stored: name for stored, name in renamed.items() if stored != name and stored in held}
+        best = found if len(found) > len(best) else best
+    return best
+
+
+def scheme_of(config: Mapping[str, Any] | None) -> Config:
     """Return what config.json says of quantization, {} when it says nothing."""
     whole = config or {}
     for section in (whole, text_section(whole)):
@@ -218,9 +320,9 @@ def plain_config(config: Mapping[str, Any] | None, dtype: str) -> dict[str, Any]
     return plain
 
 
-def _formats(checkpoint: Checkpoint, scheme: Scheme) -> tuple[Format, ...]:
+def _formats(checkpoint: Checkpoint, config: Config) -> tuple[Format, ...]:
     """Return the formats to look for: those of the method config.json names, all of them when it names none."""
-    method = scheme.get("quant_method")
+    method = config.get("quant_method")
     if quantized(checkpoint) is None:
         raise InputError("E445", f"{checkpoint.label} is not quantized", where=Where(checkpoint.label),
                          help="it can be run as it is")  # fmt: skip

@@ -12,6 +12,7 @@ from surgeon.checkpoint.checkpoint import Checkpoint
 from surgeon.checkpoint.dtypes import DTYPES
 from surgeon.checkpoint.header import printable
 from surgeon.errors import InputError, Where
+from surgeon.formats.scheme import Scheme
 from surgeon.kernels.cast import narrow, round_to, widen
 
 CHUNK = 1 << 18
@@ -37,6 +38,8 @@ class Encoded(Protocol):
         parts: the stored tensors it is made of, the payload first.
         granularity: elements that are cheapest to read together.
         beside: bytes held while a range is read, beside what is returned.
+        scheme: how its numbers are stored.
+        words: the same for a reader of tables.
     """
 
     @property
@@ -51,13 +54,17 @@ class Encoded(Protocol):
     def granularity(self) -> int: ...
     @property
     def beside(self) -> int: ...
+    @property
+    def scheme(self) -> Scheme: ...
+    @property
+    def words(self) -> str: ...
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Return elements [start, stop) of the flattened tensor, in the carrier type of ``dtype``."""
         ...
 
 
-Scheme = Mapping[str, Any]
+Config = Mapping[str, Any]
 """quantization_config of config.json, empty when there is none."""
 
 
@@ -73,7 +80,7 @@ class Format:
 
     name: str
     methods: frozenset[str]
-    find: Callable[[Checkpoint, Scheme], Iterator[Encoded]]
+    find: Callable[[Checkpoint, Config], Iterator[Encoded]]
 
 
 def plain_dtype(checkpoint: Checkpoint, scales: str) -> str:
@@ -141,13 +148,13 @@ def strips(
         yield row, checkpoint.read(name, offset + row * width, offset + last * width).reshape(-1, width)
 
 
-def group_sizes(scheme: Scheme, inputs: int, groups: int) -> int | None:
+def group_sizes(config: Config, inputs: int, groups: int) -> int | None:
     """Return how many inputs share a scale, None when no size gives that many groups.
 
     A size that config.json names and that fits wins, because a last group may be smaller than the others.
     """
-    entries = [scheme.get("group_size")]
-    tables = scheme.get("config_groups")
+    entries = [config.get("group_size")]
+    tables = config.get("config_groups")
     for table in tables.values() if isinstance(tables, dict) else ():
         weights = table.get("weights") if isinstance(table, dict) else None
         entries.append(weights.get("group_size") if isinstance(weights, dict) else None)
@@ -206,5 +213,5 @@ def unreadable(checkpoint: Checkpoint, name: str | None, why: str) -> InputError
     return InputError(
         "E445", f"{checkpoint.label} is quantized in a form that cannot be read as plain numbers here: {why}",
         where=Where(checkpoint.label, tensor=printable(name) if name else None),
-        help="use the model it was made from, or one stored as FP8, MXFP4, GPTQ, AWQ, bitsandbytes or compressed-tensors integers",
+        help="use the model it was made from, or one stored as FP8, NVFP4, MXFP4, GPTQ, auto-round, AWQ, bitsandbytes or compressed-tensors integers",
     )  # fmt: skip

@@ -21,9 +21,9 @@ from surgeon.checkpoint.checkpoint import Checkpoint
 from surgeon.checkpoint.header import TensorInfo
 from surgeon.formats.encoded import (
     CHUNK,
+    Config,
     Encoded,
     Format,
-    Scheme,
     misfit,
     missing,
     numbers,
@@ -31,6 +31,7 @@ from surgeon.formats.encoded import (
     row_chunks,
     unreadable,
 )
+from surgeon.formats.scheme import Scheme
 
 SCALES = ("_scale_inv", "_scale")
 SCALE_TYPES = frozenset({"F32", "F16", "BF16", "U8", "F8_E8M0"})
@@ -83,6 +84,18 @@ class Scaled:
     grid: tuple[int, int]
 
     @property
+    def scheme(self) -> Scheme:
+        return Scheme("float8", 8, -1)
+
+    @property
+    def words(self) -> str:
+        if self.block == self.shape[-2:]:
+            return "float8, a scale a matrix"
+        if self.block == (1, self.shape[-1]):
+            return "float8, a scale a row"
+        return f"float8, blocks of {self.block[0]} x {self.block[1]}"
+
+    @property
     def granularity(self) -> int:
         return self.shape[-1]
 
@@ -111,7 +124,7 @@ class Scaled:
         return values
 
 
-def _find(checkpoint: Checkpoint, scheme: Scheme) -> Iterator[Encoded]:
+def _find(checkpoint: Checkpoint, config: Config) -> Iterator[Encoded]:
     for name, info in checkpoint.tensors.items():
         if info.dtype not in MANTISSA or name.endswith(SCALES):
             continue
@@ -122,16 +135,16 @@ def _find(checkpoint: Checkpoint, scheme: Scheme) -> Iterator[Encoded]:
             raise unreadable(checkpoint, name, "eight-bit floats with zero points")
         if checkpoint.tensors[scales].dtype not in SCALE_TYPES or len(info.shape) < 2 or not info.elements:
             misfit(checkpoint, name, scales)
-        block, grid = _blocks(checkpoint, info, checkpoint.tensors[scales], _block_size(scheme))
+        block, grid = _blocks(checkpoint, info, checkpoint.tensors[scales], _block_size(config))
         yield Scaled(
             checkpoint, name, scales, info.shape, plain_dtype(checkpoint, scales), (name, scales), block, grid
         )
 
 
-def _block_size(scheme: Scheme) -> tuple[int, int] | None:
+def _block_size(config: Config) -> tuple[int, int] | None:
     """Return the block config.json speaks of, in transformers' words or in those of compressed-tensors."""
-    groups = scheme.get("config_groups")
-    entries = [scheme.get("weight_block_size")]
+    groups = config.get("config_groups")
+    entries = [config.get("weight_block_size")]
     for group in groups.values() if isinstance(groups, dict) else ():
         weights = group.get("weights") if isinstance(group, dict) else None
         entries.append(weights.get("block_structure") if isinstance(weights, dict) else None)

@@ -16,9 +16,9 @@ import numpy as np
 from surgeon.checkpoint.checkpoint import Checkpoint
 from surgeon.formats.compressed_integers import unpacked
 from surgeon.formats.encoded import (
+    Config,
     Encoded,
     Format,
-    Scheme,
     group_sizes,
     misfit,
     missing,
@@ -32,7 +32,7 @@ VERSIONS = {"gptq": 1, "gptq_v2": 0, "auto_round:auto_gptq": 1}
 """checkpoint_format, or packing_format of auto-round -> what is added to a stored zero point."""
 
 
-def _find(checkpoint: Checkpoint, scheme: Scheme) -> Iterator[Encoded]:
+def _find(checkpoint: Checkpoint, config: Config) -> Iterator[Encoded]:
     for payload, info in checkpoint.tensors.items():
         stem = payload.removesuffix("qweight")
         if stem == payload or info.dtype != "I32" or len(info.shape) != 2:
@@ -44,7 +44,7 @@ def _find(checkpoint: Checkpoint, scheme: Scheme) -> Iterator[Encoded]:
         held, packed = checkpoint.tensors[scales], checkpoint.tensors[zeros]
         if len(held.shape) == 2 and held.shape[1] != info.shape[1]:
             continue  # several outputs a word: AWQ
-        added = _added(checkpoint, scheme)
+        added = _added(checkpoint, config)
         outputs, groups = info.shape[1], held.shape[0]
         if held.dtype not in ("F16", "BF16", "F32") or len(held.shape) != 2 or not groups or not outputs:
             misfit(checkpoint, payload, scales)
@@ -63,19 +63,20 @@ def _find(checkpoint: Checkpoint, scheme: Scheme) -> Iterator[Encoded]:
             if checkpoint.tensors[order].shape != (inputs,):
                 misfit(checkpoint, payload, order)
             parts.append(order)
-        own = (scheme.get("extra_config") or {}).get(stem.removesuffix("."))  # auto-round: of this module
-        group = group_sizes({**scheme, **own} if isinstance(own, dict) else scheme, inputs, groups)
+        own = (config.get("extra_config") or {}).get(stem.removesuffix("."))  # auto-round: of this module
+        group = group_sizes({**config, **own} if isinstance(own, dict) else config, inputs, groups)
         if not group:
             misfit(checkpoint, payload, scales)
         yield InputMajor(
             checkpoint, f"{stem}weight", (outputs, inputs), plain_dtype(checkpoint, scales), tuple(parts), bits, group,
             True, partial(unpacked, bits=bits), partial(_zero, added=added, bits=bits),
+            config.get("sym") is not False,
         )  # fmt: skip
 
 
-def _added(checkpoint: Checkpoint, scheme: Scheme) -> int:
+def _added(checkpoint: Checkpoint, config: Config) -> int:
     """Return what is added to a stored zero point, by the version of the file."""
-    version = str(scheme.get("checkpoint_format") or scheme.get("packing_format") or "gptq")
+    version = str(config.get("checkpoint_format") or config.get("packing_format") or "gptq")
     if version not in VERSIONS:
         raise unreadable(checkpoint, None, f"GPTQ files packed as {version[:40]!r}")
     return VERSIONS[version]

@@ -15,6 +15,7 @@ from surgeon.checkpoint.checkpoint import Checkpoint
 from surgeon.checkpoint.dtypes import DTYPES
 from surgeon.formats.compressed_integers import unpacked
 from surgeon.formats.encoded import BLOCK, groups_of, numbers, strips
+from surgeon.formats.scheme import Scheme
 from surgeon.kernels.cast import narrow
 
 LANES = 32
@@ -36,6 +37,7 @@ class InputMajor:
         down: whether a word of codes holds several inputs of one output, rather than several outputs of one input.
         unpack: of words that hold several outputs, the codes in order.
         zero: from a stored zero point to the one that is subtracted.
+        symmetric: whether all zero points are said to be in the middle.
     """
 
     checkpoint: Checkpoint
@@ -48,6 +50,15 @@ class InputMajor:
     down: bool
     unpack: Unpack
     zero: Callable[[np.ndarray], np.ndarray]
+    symmetric: bool = True
+
+    @property
+    def scheme(self) -> Scheme:
+        return Scheme("int", self.bits, -1 if self.group >= self.shape[1] else self.group, self.symmetric)
+
+    @property
+    def words(self) -> str:
+        return self.scheme.name
 
     @cached_property
     def _step(self) -> int:

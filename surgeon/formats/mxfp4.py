@@ -17,7 +17,8 @@ from functools import cache
 import numpy as np
 
 from surgeon.checkpoint.checkpoint import Checkpoint
-from surgeon.formats.encoded import BIAS, BLOCK, Encoded, Format, Scheme, misfit, missing, strips
+from surgeon.formats.encoded import BIAS, BLOCK, Config, Encoded, Format, misfit, missing, strips
+from surgeon.formats.scheme import Scheme
 from surgeon.kernels.cast import bf16_bits
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -52,6 +53,14 @@ class Packed:
     shape: tuple[int, int, int]
     parts: tuple[str, str]
     dtype: str = "BF16"
+
+    @property
+    def scheme(self) -> Scheme:
+        return Scheme("mxfp4", 4, 0)
+
+    @property
+    def words(self) -> str:
+        return "mxfp4"
 
     @property
     def _columns(self) -> int:
@@ -99,7 +108,7 @@ class Packed:
         return found
 
 
-def _find(checkpoint: Checkpoint, scheme: Scheme) -> Iterator[Encoded]:
+def _find(checkpoint: Checkpoint, config: Config) -> Iterator[Encoded]:
     for payload, info in checkpoint.tensors.items():
         if not payload.endswith("_blocks") or info.dtype != "U8":
             continue

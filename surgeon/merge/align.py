@@ -16,6 +16,7 @@ from surgeon.architectures import get as architecture_of
 from surgeon.checkpoint.checkpoint import Checkpoint
 from surgeon.checkpoint.header import printable
 from surgeon.errors import InputError, SurgeonError, Where, raise_all
+from surgeon.formats.dequantized import plain_needed
 from surgeon.traits import embedding_name, head_name, is_tied, quantized, text_section
 
 _MUST_AGREE = ("rope", "head_dim", "sliding_window", "partial_rotary_factor")
@@ -75,13 +76,8 @@ def check_inputs(checkpoints: Mapping[str, Checkpoint], findings: Findings, *, a
                 InputError("E346", f"{checkpoint.label} ties its embeddings but stores two different copies",
                            help="set tie_word_embeddings to false in its config.json if the output head is meant")
             )  # fmt: skip
-        if arithmetic:
-            problem = quantized(checkpoint)
-            if problem:
-                findings.errors.append(
-                    InputError("E311", f"{checkpoint.label} is quantized ({problem}); merging needs plain weights",
-                               help="use the checkpoint it was quantized from, or dequantize it first")
-                )  # fmt: skip
+        if arithmetic and quantized(checkpoint):
+            findings.errors.append(plain_needed(checkpoint, "merging needs plain weights"))
 
 
 def compare_configs(

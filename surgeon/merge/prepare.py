@@ -25,6 +25,7 @@ from surgeon.checkpoint.header import printable
 from surgeon.checkpoint.source import Located, locate
 from surgeon.checkpoint.strict_json import read_bytes
 from surgeon.errors import InputError, SurgeonError, UsageError, Where, raise_all
+from surgeon.formats.dequantized import permissions, permitted
 from surgeon.merge import align
 from surgeon.merge.aligned_rows import VocabularyPlan
 from surgeon.merge.aligned_view import align_models
@@ -62,6 +63,7 @@ class Opening:
     config: str | None = None
     ignore_unlisted: bool = False
     allow_pickle: bool = False
+    dequantize: bool = False
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,7 @@ def open_models(refs: list[ModelRef], opening: Opening) -> dict[ModelRef, OpenMo
                 weights=opening.weights, ignore_unlisted=opening.ignore_unlisted,
                 allow_pickle=opening.allow_pickle, repo=located.repo,
             )  # fmt: skip
+            checkpoint = permitted(checkpoint, opening.dequantize)  # an adapter is folded into plain numbers
             adapter = None
             if ref.adapter:
                 adapter = locate(ref.adapter, ref.adapter_revision, offline=opening.offline)
@@ -191,6 +194,9 @@ def prepare(
     opened, options = adjusted(spec, keys, opened, options, measured, findings)
     plan_draft = draft(spec, opened, keys, options, findings)
     recipe = {**describe(spec, models, options, measured), "allow_pickle": opening.allow_pickle}
+    decoded = {m.key: found for m in models.values() if (found := permissions(m.checkpoint))}
+    if decoded:
+        recipe["dequantize"] = decoded
     points = list(options.points) or [""]
     outputs: dict[str, OutputModel] = {}
     if plan_draft.config is None:

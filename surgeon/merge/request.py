@@ -61,6 +61,7 @@ class MergeRequest(BaseModel):
     ignore_unlisted: bool = False
     allow_nonfinite: bool = False
     allow_pickle: bool = False
+    dequantize: bool = False
     mergekit_quirks: bool = False
     strict: bool = False
     offline: bool = False

@@ -87,8 +87,9 @@ class CardData:
         licence_files: names of the licence and notice files in the folder.
         notices: further facts a user must know (dropped tensors, changed context length, ...).
         version: program version.
-        verb: "merge", "prune", "edit" or "export".
+        verb: "merge", "prune", "edit", "quantize" or "export".
         remote_code: the folder needs the code files that lie in it.
+        packages: what stock transformers needs beside itself.
     """
 
     title: str
@@ -111,6 +112,7 @@ class CardData:
     version: str | None = None
     verb: str = "merge"
     remote_code: bool = False
+    packages: tuple[str, ...] = ()
 
 
 def read_front_matter(text: str) -> dict[str, Any]:
@@ -308,6 +310,7 @@ def _summary(data: CardData) -> str:
         "merge": f"A merge of {len(data.sources)} models ({names}) with the method {_code(data.method)}.",
         "prune": f"A smaller model cut from {names} with the method {_code(data.method)}.",
         "edit": f"{names} with its weights edited by the method {_code(data.method)}.",
+        "quantize": f"{names} quantized with the method {_code(data.method)}.",
         "export": f"A member of the nested family {names}."
         if data.method == "member"
         else f"{names} in another form.",
@@ -333,6 +336,8 @@ def _details(data: CardData) -> str:
 def _snippets(data: CardData) -> str:
     auto = "AutoModelForCausalLM" if data.pipeline_tag in (None, "text-generation") else "AutoModel"
     lead, argument = "Loads in stock transformers; nothing else needs to be installed.", ""
+    if data.packages:
+        lead = f"Loads in stock transformers with:\n\n```sh\npip install {' '.join(data.packages)}\n```"
     if data.remote_code:
         lead = (
             "Its layers differ in size, which no stock class describes: the modelling code lies in this folder, and "
@@ -358,6 +363,7 @@ def _limitations(data: CardData) -> str:
         done = {
             "prune": "pruned",
             "edit": "edited",
+            "quantize": "quantized",
             "export": "pruned" if data.method == "member" else "converted",
         }[data.verb]
         return (

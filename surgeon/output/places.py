@@ -1,15 +1,20 @@
-"""The places of a run: a work folder that one run at a time may use, and a destination that may already hold the result."""
+"""The places of a run: inputs, a work folder that one run at a time may use, a destination that may already hold the result."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from surgeon import __version__
 from surgeon.checkpoint.digests import InputDigester
+from surgeon.checkpoint.header import printable
+from surgeon.errors import EnvironmentFault, OutputConflict
+from surgeon.output import staging
 from surgeon.output.staging import DestinationLock
 
 BEAT = 60.0
@@ -56,3 +61,49 @@ def same_result(session: Run, manifest: Mapping[str, Any]) -> bool:
         recorded = {name: file["sha256"] for one in files for name, file in one.items()}
     digests = InputDigester(list(session.source.checkpoint.headers)).finish()
     return all(recorded.get(file.name) == digest for file, digest in digests.items())
+
+
+def inputs_of(source: Any) -> list[Path]:
+    """Return the folder and files that are read."""
+    checkpoint = source.checkpoint
+    folders = [checkpoint.folder, getattr(checkpoint, "adapter_folder", None)]
+    return [*(path for path in folders if path is not None), *(header.file for header in checkpoint.headers)]
+
+
+def enough_disk(needed: dict[str, int], destination: Path, work: Path) -> dict[str, int]:
+    """Refuse to begin without ``needed`` bytes of "results" and "work"; return them with what is free.
+
+    Raises:
+        EnvironmentFault: E501.
+    """
+    free = {}
+    for name, place in (("results", destination.parent), ("work", _existing(work))):
+        free[place.stat().st_dev] = shutil.disk_usage(place).free
+        needed[f"{name}_free"] = free[place.stat().st_dev]
+    same = len(free) == 1
+    wanted = needed["results"] + needed["work"]
+    short = wanted > min(free.values()) if same else any(
+        needed[name] > needed[f"{name}_free"] for name in ("results", "work")
+    )  # fmt: skip
+    if short:
+        raise EnvironmentFault(
+            "E501", f"not enough disk space: {needed['results'] / 1e9:.1f} GB for results and up to {needed['work'] / 1e9:.1f} GB for "
+            f"work are needed, {min(free.values()) / 1e9:.1f} GB are free", help="--work FOLDER puts the work elsewhere; or fewer targets",
+        )  # fmt: skip
+    return needed
+
+
+def _existing(path: Path) -> Path:
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def check_places(work: Path, destination: Path, inputs: list[Path], *, overwrite: bool) -> None:
+    """Refuse an output that exists or is an input, and a work folder inside an input (faults A8, A9)."""
+    staging.check_destination(destination, inputs, overwrite=overwrite, is_file=False)
+    place = work.resolve()
+    for folder in inputs:
+        if folder.is_dir() and place.is_relative_to(folder.resolve()):
+            raise OutputConflict("E602", f"the work folder {printable(str(place))} lies inside the model",
+                                 help="choose another --work; inputs are never modified")  # fmt: skip

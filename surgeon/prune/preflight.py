@@ -6,7 +6,6 @@ Nothing here writes a file.
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,10 +13,9 @@ from typing import Any
 
 from surgeon.checkpoint.header import printable
 from surgeon.deploy import per_layer
-from surgeon.derive import Source
-from surgeon.errors import EnvironmentFault, InputError, OutputConflict, Where
+from surgeon.errors import EnvironmentFault, InputError, Where
 from surgeon.measure.models import HEADROOM, dtype_of
-from surgeon.output import staging
+from surgeon.output.places import enough_disk
 from surgeon.prune import database
 from surgeon.prune.decide import check_reachable
 from surgeon.prune.levels import granularity
@@ -131,45 +129,6 @@ def check_disk(session: Session, destination: Path, targets: int) -> dict[str, i
     return enough_disk(disk_bytes(session, targets), destination, session.work)
 
 
-def enough_disk(needed: dict[str, int], destination: Path, work: Path) -> dict[str, int]:
-    """Refuse to begin without ``needed`` bytes of "results" and "work"; return them with what is free.
-
-    Raises:
-        EnvironmentFault: E501.
-    """
-    free = {}
-    for name, place in (("results", destination.parent), ("work", _existing(work))):
-        free[place.stat().st_dev] = shutil.disk_usage(place).free
-        needed[f"{name}_free"] = free[place.stat().st_dev]
-    same = len(free) == 1
-    wanted = needed["results"] + needed["work"]
-    short = wanted > min(free.values()) if same else any(
-        needed[name] > needed[f"{name}_free"] for name in ("results", "work")
-    )  # fmt: skip
-    if short:
-        raise EnvironmentFault(
-            "E501", f"not enough disk space: {needed['results'] / 1e9:.1f} GB for results and up to {needed['work'] / 1e9:.1f} GB for "
-            f"work are needed, {min(free.values()) / 1e9:.1f} GB are free", help="--work FOLDER puts the work elsewhere; or fewer targets",
-        )  # fmt: skip
-    return needed
-
-
-def _existing(path: Path) -> Path:
-    while not path.exists():
-        path = path.parent
-    return path
-
-
-def check_places(work: Path, destination: Path, inputs: list[Path], *, overwrite: bool) -> None:
-    """Refuse an output that exists or is an input, and a work folder inside an input (faults A8, A9)."""
-    staging.check_destination(destination, inputs, overwrite=overwrite, is_file=False)
-    place = work.resolve()
-    for folder in inputs:
-        if folder.is_dir() and place.is_relative_to(folder.resolve()):
-            raise OutputConflict("E602", f"the work folder {printable(str(place))} lies inside the model",
-                                 help="choose another --work; inputs are never modified")  # fmt: skip
-
-
 def outlook(session: Session, targets: tuple[Target, ...]) -> dict[str, Any]:
     """Return what a run would do: largest sizes of the results, passes, about how many seconds."""
     request = session.request
@@ -232,10 +191,3 @@ def _speed() -> float:
         torch.mm(a, a)
         best = min(best, time.perf_counter() - began)
     return 2 * 768**3 / max(best, 1e-6) / 2  # layers run at about half of it
-
-
-def inputs_of(source: Source) -> list[Path]:
-    """Return the folder and files that are read."""
-    checkpoint = source.checkpoint
-    folder = [checkpoint.folder] if checkpoint.folder is not None else []
-    return [*folder, *(header.file for header in checkpoint.headers)]

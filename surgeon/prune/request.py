@@ -146,6 +146,7 @@ class PruneRequest(BaseModel):
     memory_limit: int | None = Field(default=None, ge=1)
     seed: int = 0
     offline: bool = False
+    dequantize: bool = False
     work: str | None = None
 
     @property

@@ -14,7 +14,7 @@ from surgeon.derive import Source
 from surgeon.errors import SurgeonError
 from surgeon.execute import Outcome, execute
 from surgeon.output.manifest import MANIFEST
-from surgeon.output.places import locked, same_result
+from surgeon.output.places import check_places, inputs_of, locked, same_result
 from surgeon.prune import preflight
 from surgeon.prune.decide import in_words
 from surgeon.prune.members import Member, build, forget_candidates, publication
@@ -68,8 +68,8 @@ def prune(
             **_published(session, destination, same, unchanged=True),
             "seconds": _since(started),
         }
-    inputs = preflight.inputs_of(source)
-    preflight.check_places(session.work, destination, inputs, overwrite=overwrite)
+    inputs = inputs_of(source)
+    check_places(session.work, destination, inputs, overwrite=overwrite)
     needs = preflight.check_disk(session, destination, len(request.targets))
     if dry_run:
         return {**document, **_rehearsed(session, needs), "seconds": _since(started)}

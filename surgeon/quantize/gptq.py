@@ -43,6 +43,9 @@ Order = Literal["static-act", "group-aware", "none"]
 ATTEMPTS = 4
 """Factorisations tried: with the damping as given, then ten times more each time."""
 
+STRIP = 256
+"""Outputs that are brought into the order of rounding at once."""
+
 
 @dataclass(frozen=True)
 class Factor:
@@ -145,7 +148,7 @@ def factorise(
         InputError: E451 the Hessian is not finite, E452 it is zero: no token reached the matrix.
     """
     diagonal = hessian.diagonal()
-    if not bool(torch.isfinite(hessian).all()):
+    if not _finite(hessian):
         raise InputError(
             "E451", f"the Hessian of {printable(module)} holds a NaN or an infinity",
             where=Where(tensor=printable(module)),
@@ -174,6 +177,12 @@ def factorise(
     return Factor(
         hessian, columns, unit, pivots, added, dead, order, group if order == "group-aware" else 0, used, damp
     )
+
+
+def _finite(matrix: Tensor) -> bool:
+    """Say whether every entry is finite. A NaN or an infinity always reaches the sum, which is one fast pass; the sum
+    of finite entries may overflow, so only where it has are entries looked at one by one."""
+    return bool(torch.isfinite(matrix.sum())) or bool(torch.isfinite(matrix).all())
 
 
 def _factor(hessian: Tensor, columns: Tensor, added: Tensor, dtype: torch.dtype) -> Tensor | None:
@@ -222,7 +231,7 @@ def quantize_with(
     Raises:
         InputError: E450, E451, E453 (see `surgeon.quantize.grids`).
     """
-    weight = working(weight, module)
+    exact = working(weight, module)
     group = group_of(weight.shape[1], scheme, module)
     if weight.shape[1] != len(factor.columns) or factor.group not in (0, group):
         raise ValueError(
@@ -231,12 +240,17 @@ def quantize_with(
     clipped = clips(scheme, clip) and given is None
     dead = int(factor.dead.sum())
     with exact_products(), torch.no_grad():
-        total = energy(weight, factor.hessian) if known_energy is None else known_energy
+        total = energy(exact, factor.hessian) if known_energy is None else known_energy
         reason = f"the Hessian is not positive definite, even with damping {factor.damp:g}"
         if factor.unit is not None:
-            live = weight.masked_fill(factor.dead, 0) if dead else weight
+            live = exact.masked_fill(factor.dead, 0) if dead else exact
             scales, zeros = given or grid(live, scheme, clip=clipped, scale_dtype=scale_dtype, module=module)
-            codes, error, damped_error = _rounded(live, factor, scales, zeros, scheme.bits, group, block)
+            original = _ordered(live, factor.columns)
+            del (
+                exact,
+                live,
+            )  # a matrix of its own where the weights are bfloat16; two of them stay from here on
+            codes, error, damped_error = _rounded(original, factor, scales, zeros, scheme.bits, group, block)
             if math.isfinite(damped_error):
                 codes = as_codes(codes, scales, zeros, scheme, error / total if total > 0 else 0.0)
                 raised = factor.damp != factor.asked
@@ -251,20 +265,34 @@ def quantize_with(
         )  # fmt: skip
 
 
+def _ordered(weight: Tensor, columns: Tensor) -> Tensor:
+    """Return a matrix [out, in] as [in, out], inputs in the order of their places.
+
+    Inputs become rows: all that follows then runs along the outputs, which lie side by side.
+    """
+    result = weight.new_empty(weight.shape[1], weight.shape[0])
+    for start in range(0, len(weight), STRIP):
+        rows = weight[start : start + STRIP]
+        result[:, start : start + len(rows)] = rows.index_select(1, columns).T
+    return result
+
+
 def _rounded(
-    weight: Tensor, factor: Factor, scales: Tensor, zeros: Tensor, bits: int, group: int, block: int
+    original: Tensor, factor: Factor, scales: Tensor, zeros: Tensor, bits: int, group: int, block: int
 ) -> tuple[Tensor, float, float]:
-    """Return codes [out, in] in the original order, and the error without and with damping."""
+    """Return codes [out, in] in the order of the model, and the error without and with damping.
+
+    Args:
+        original: [in, out], as `_ordered` returns it.
+    """
     assert factor.unit is not None
     columns, unit = factor.columns, factor.unit
-    # Inputs become rows: everything below then runs along the outputs, which lie side by side.
-    original = weight.index_select(1, columns).T.contiguous()
     work = original.clone()
-    scales, zeros = scales.to(weight).T.contiguous(), zeros.to(weight).T.contiguous()
+    scales, zeros = scales.to(original).T.contiguous(), zeros.to(original).T.contiguous()
     groups = columns // group
-    codes = torch.empty(original.shape, dtype=torch.uint8, device=weight.device)
+    codes = torch.empty(original.shape, dtype=torch.uint8, device=original.device)
     change = torch.empty_like(original[:block])
-    sweep = runner(weight)
+    sweep = runner(original)
     damped_error = from_damping = 0.0
     for stop in range(len(columns), 0, -block):
         start = max(0, stop - block)
@@ -275,9 +303,8 @@ def _rounded(
             work[:start].addmm_(unit[here, :start].T, moved, alpha=-1)
         damped_error += float(_norms(work[here]) @ factor.pivots[here].square())
         from_damping += float(_norms(moved) @ factor.shift[columns[here]])
-    restored = torch.empty_like(codes)
-    restored[columns] = codes
-    return restored.T.contiguous(), max(0.0, damped_error - from_damping), damped_error
+    restored = codes.index_select(0, torch.argsort(columns)).T.contiguous()
+    return restored, max(0.0, damped_error - from_damping), damped_error
 
 
 def _norms(rows: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from surgeon.architectures.settings import Size
 from surgeon.checkpoint.checkpoint import Checkpoint
 from surgeon.checkpoint.header import printable
 from surgeon.errors import InputError, Where
+from surgeon.formats.dequantized import plain_needed
 from surgeon.structure.parts import Attention, Ffn, Output, Section, Structure
 from surgeon.traits import quantized
 
@@ -39,7 +40,7 @@ def record_of(checkpoint: Checkpoint) -> tuple[Architecture, Layout]:
     """Return the record of a checkpoint's family and the layout its names follow.
 
     Raises:
-        InputError: E365 no configuration, a family without a record, or a quantized checkpoint.
+        InputError: E365 no configuration, or a family without a record; E311 a quantized checkpoint.
     """
     where = Where(checkpoint.label)
     config = checkpoint.config
@@ -54,12 +55,8 @@ def record_of(checkpoint: Checkpoint) -> tuple[Architecture, Layout]:
             "E365", f"{checkpoint.label} is a {printable(str(config.get('model_type')))} model; its structures are not known",
             where=where, help="these can be pruned: " + ", ".join(architectures.known()),
         )  # fmt: skip
-    scheme = quantized(checkpoint)
-    if scheme is not None:
-        raise InputError(
-            "E365", f"{checkpoint.label} is quantized ({scheme}); its rows and columns cannot be taken apart",
-            where=where, help="prune the model it was made from, then quantize the result",
-        )  # fmt: skip
+    if quantized(checkpoint) is not None:
+        raise plain_needed(checkpoint, "its rows and columns cannot be taken apart")
     return record, record.layout(config, checkpoint.tensors)
 
 

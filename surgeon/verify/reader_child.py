@@ -10,6 +10,7 @@ copy of that code, which the caller found equal, takes its place.
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import json
 import os
 import sys
@@ -41,6 +42,8 @@ NEW_TOKENS = 16
 PROMPT = 8
 TIE = 1e-4
 """Two logits closer than this share of the largest one may swap places between two ways of computing them."""
+TIE_16 = 0.05
+"""The same for a quantized model, which runs in its own 16-bit type."""
 
 
 class Child:
@@ -55,6 +58,9 @@ class Child:
             "warnings": [],
             "unable": None,
         }
+        self.theirs: Any = None
+        self.their_rows = 0
+        self.rounding = 0.0
 
     def save(self) -> None:
         temporary = f"{self.request['answer']}.part"
@@ -82,10 +88,15 @@ class Child:
         torch.manual_seed(0)
         torch.set_num_threads(self.request["threads"])
         self.answer["versions"] = {"torch": str(torch.__version__), "transformers": transformers.__version__}
+        package = (self.request.get("quantized") or {}).get("package")
+        if package:
+            self.answer["versions"][package] = importlib.metadata.version(package)
         try:
-            model = self.load(self.request["path"])
-            if model is not None:
-                self.use(model)
+            compared = self.request.get("quantized") and self.request["against"]
+            if not compared or self.ask_other(getattr(torch, self.request["quantized"]["dtype"])):
+                model = self.load(self.request["path"])
+                if model is not None:
+                    self.use(model)
         except MemoryError:
             self.answer["unable"] = "the memory limit was reached"
         except RuntimeError as error:
@@ -95,7 +106,7 @@ class Child:
         self.answer["stage"] = "done"
         self.save()
 
-    def load(self, path: str, quiet: bool = False) -> Any:
+    def load(self, path: str, quiet: bool = False, dtype: Any = "auto") -> Any:
         """Load a model; None when a failure was recorded."""
         import transformers
 
@@ -117,7 +128,7 @@ class Child:
         self.stage(f"loading the weights with {kind.__name__}")
         try:
             model, info = kind.from_pretrained(
-                path, config=config, dtype="auto", output_loading_info=True, trust_remote_code=False,
+                path, config=config, dtype=dtype, output_loading_info=True, trust_remote_code=False,
                 local_files_only=True,
             )  # fmt: skip
         except MemoryError:
@@ -133,6 +144,7 @@ class Child:
         model.eval()
         if quiet:
             return model
+        self.answer["dtype"] = str(model.dtype).removeprefix("torch.")
         for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs", "conversion_errors"):
             found = info.get(key) or ()
             shown = sorted(str(f) for f in found)
@@ -146,7 +158,17 @@ class Child:
             "class": type(model).__name__,
             "parameters": self.answer.get("parameters"),
         }
+        if self.request.get("quantized"):
+            self.count_quantized(model)
         return model
+
+    def count_quantized(self, model: Any) -> None:
+        """Compare the number of modules that hold quantized weights with what the files hold."""
+        found = beside().quantized_modules(model)
+        count, least = sum(found.values()), self.request["quantized"]["least"]
+        self.answer["checks"]["load"]["quantized"] = {"modules": count, "classes": found, "expected": least}
+        if count < least:
+            self.fail("load", f"{count:,} modules are quantized in memory, the files hold {least:,} quantized matrices")
 
     def counted(self, model: Any, config: Any) -> None:
         """Compare the parameter count and types with what the files hold."""
@@ -181,7 +203,11 @@ class Child:
         path = self.request["path"]
         if self.request["generate"]:
             self.tokenizer(path, model)
-        if not self.request["generate"] and not self.request["against"]:
+        if not self.request["generate"] and not self.request["against"] and not self.request.get("samples"):
+            return
+        if self.request.get("quantized"):
+            with torch.no_grad():
+                self.use_quantized(model)
             return
         self.stage("converting to float32")
         model = model.float()
@@ -195,7 +221,80 @@ class Child:
         if self.request["against"]:
             self.against(model)
 
-    def generate(self, model: Any) -> None:
+    def use_quantized(self, model: Any) -> None:
+        """Use a quantized model in its own type; what decodes it comes first, see `quantized_child.decoded`."""
+        for number, ids in enumerate(self.request.get("samples") or ()):
+            self.stage(f"running sample {number + 1}")
+            with beside().decoded(model):
+                self.keep(model, ids, f"decoded-{number}.npy")
+        mine = None
+        if self.request["against"]:
+            self.stage("running the model")
+            ids = fixed_ids(model, 2, 32, self.request["vocabulary"])
+            with beside().decoded(model):
+                mine = first_output(model, ids)
+        for number, ids in enumerate(self.request.get("samples") or ()):
+            self.stage(f"running sample {number + 1} as it is")
+            self.keep(model, ids, f"as-run-{number}.npy")
+        if self.request["generate"]:
+            if type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")):
+                self.generate(model, TIE_16)
+            else:
+                self.forward(model)
+        if mine is not None:
+            self.against_quantized(model, mine)
+
+    def keep(self, model: Any, ids: list[int], name: str) -> None:
+        """Write the logits (or last hidden states) of one sample, float32 [tokens, n]."""
+        import numpy as np
+        import torch
+
+        output = first_output(model, torch.tensor([ids]))[0].float().numpy()
+        np.save(os.path.join(self.request["outputs"], name), output)
+
+    def ask_other(self, dtype: Any) -> bool:
+        """Run the model that a quantized one is compared with, before that is loaded: auto-round changes how its process
+        loads mixtures of experts. False when a failure was recorded.
+
+        Where it holds plain numbers it runs in the type of the quantized one, and once more in float32: how far 16 bits take
+        it is what rounding alone explains, routers of experts that choose otherwise included.
+        """
+        import torch
+
+        other = self.load_other(dtype)
+        if other is None:
+            return False
+        ids = fixed_ids(other, 2, 32, self.request["vocabulary"])
+        with torch.no_grad():
+            self.stage("running the other model")
+            self.theirs = first_output(other, ids)
+            self.their_rows = embedding_rows(other)
+            if not getattr(other, "is_quantized", False):
+                del other
+                self.stage("running the other model in float32")
+                exact = self.load_other(torch.float32)
+                self.rounding = distance(self.theirs, first_output(exact, ids))
+        return True
+
+    def against_quantized(self, model: Any, mine: Any) -> None:
+        """Compare a quantized model with the other one, with its matrices decoded and as its kernels run."""
+        self.stage("running the model as it is")
+        as_run = first_output(model, fixed_ids(model, 2, 32, self.request["vocabulary"]))
+        if self.compare(mine, self.theirs, self.their_rows == embedding_rows(model)):
+            width = min(mine.shape[-1], self.theirs.shape[-1])
+            self.answer["checks"]["against"] |= {
+                "as_run": distance(as_run[..., :width], self.theirs[..., :width]), "rounding": self.rounding,
+            }  # fmt: skip
+
+    def load_other(self, dtype: Any = "auto") -> Any:
+        """Load the model that is compared with; None when a failure was recorded."""
+        other = self.load(self.request["against"], quiet=True, dtype=dtype)
+        if other is None:
+            for failure in self.answer["failures"]:
+                failure["message"] = failure["message"].replace("the model", "the other model")
+        return other
+
+    def generate(self, model: Any, tie: float = TIE) -> None:
         """Greedy tokens with the cache must equal those without."""
         import torch
 
@@ -220,7 +319,7 @@ class Child:
             before = torch.cat([ids, torch.tensor([plain[:at]], dtype=ids.dtype)], dim=1)
             logits = model(input_ids=before, use_cache=False).logits[0, -1]
             gap = float((logits[plain[at]] - logits[cached[at]]).abs() / logits.abs().max())
-            if gap > TIE:
+            if gap > tie:
                 self.fail(
                     "generate",
                     f"token {at + 1} differs with and without the cache: {cached[at]} / {plain[at]}",
@@ -310,34 +409,57 @@ class Child:
         with torch.no_grad():
             mine = first_output(model, fixed_ids(model, 2, 32, self.request["vocabulary"]))
         del model
-        other = self.load(self.request["against"], quiet=True)
+        other = self.load_other()
         if other is None:
-            for failure in self.answer["failures"]:
-                failure["message"] = failure["message"].replace("the model", "the other model")
             return
-        other = other.float()
-        theirs_rows = other.get_input_embeddings().weight.shape[0]
+        if not getattr(other, "is_quantized", False):
+            other = other.float()
         self.stage("running the other model")
         with torch.no_grad():
             theirs = first_output(other, fixed_ids(other, 2, 32, self.request["vocabulary"]))
+        self.compare(mine, theirs, rows == embedding_rows(other))
+
+    def compare(self, mine: Any, theirs: Any, same_rows: bool) -> bool:
+        """Add the figures of a comparison; False when a failure was recorded."""
         width = min(mine.shape[-1], theirs.shape[-1])
-        if mine.shape[:-1] != theirs.shape[:-1] or (
-            mine.shape[-1] != theirs.shape[-1] and rows == theirs_rows
-        ):
+        if mine.shape[:-1] != theirs.shape[:-1] or (mine.shape[-1] != theirs.shape[-1] and same_rows):
             self.fail("against", f"outputs have shapes {list(mine.shape)} and {list(theirs.shape)}")
-            return
+            return False
         mine, theirs = mine[..., :width].double(), theirs[..., :width].double()
         if not (bool(mine.isfinite().all()) and bool(theirs.isfinite().all())):
             self.fail("against", "one of the models gives non-finite outputs")
-            return
-        difference = (mine - theirs).abs().max().item()
-        scale = theirs.abs().max().item()
-        relative = ((mine - theirs).norm() / theirs.norm()).item() if theirs.norm() > 0 else 0.0
+            return False
         agree = (mine.argmax(-1) == theirs.argmax(-1)).double().mean().item()
         self.answer["checks"]["against"] = {
-            "max_difference": difference, "largest": scale, "relative": relative, "top1_agreement": agree,
+            "max_difference": (mine - theirs).abs().max().item(), "largest": theirs.abs().max().item(),
+            "relative": distance(mine, theirs), "top1_agreement": agree,
             "positions": int(mine.shape[0] * mine.shape[1]),
         }  # fmt: skip
+        return True
+
+
+def distance(one: Any, other: Any) -> float:
+    """Return the norm of a difference by that of the second."""
+    one, other = one.double(), other.double()
+    return ((one - other).norm() / other.norm()).item() if other.norm() > 0 else 0.0
+
+
+def embedding_rows(model: Any) -> int:
+    return model.get_input_embeddings().weight.shape[0]
+
+
+def beside() -> Any:
+    """Return the module of questions to quantized models that lies beside this file."""
+    import importlib.util
+
+    name = "surgeon_quantized_child"
+    if name not in sys.modules:
+        place = os.path.join(os.path.dirname(os.path.abspath(__file__)), "quantized_child.py")
+        spec = importlib.util.spec_from_file_location(name, place)
+        assert spec is not None and spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
 
 
 def packaged_class(folder: str, module: str, name: str) -> Any:

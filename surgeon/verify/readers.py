@@ -5,8 +5,11 @@ A reader may crash, hang or use up the memory; then that is the finding. The chi
 runs code that a model brings along; of models whose layers differ, whose code files the caller found
 equal to the packaged ones, the packaged ones are run.
 
+A quantized model is run in its own 16-bit type. It is compared twice: with its matrices as the reader decodes them, which
+shows whether the right numbers were loaded, and as its kernels run, which may round activations as well.
+
 Codes: E360 loading failed, E361 generation, E362 tokenizer or chat template, E363 comparison,
-E364 the reader crashed; E512 torch or transformers is missing, E513 the reader cannot do it here
+E364 the reader crashed; E512 a package that reads the model is missing, E513 the reader cannot do it here
 (memory, the model's own code), E514 out of time.
 """
 
@@ -19,22 +22,40 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from surgeon import traits
-from surgeon.checkpoint.checkpoint import CONFIG_NAME, StoredCheckpoint, open_path
+from surgeon.checkpoint.checkpoint import CONFIG_NAME, Checkpoint, StoredCheckpoint, open_path
 from surgeon.checkpoint.dtypes import CODES, DTYPES
+from surgeon.checkpoint.strict_json import read_json_object
 from surgeon.checkpoint.vocabulary import has_tokenizer
 from surgeon.errors import EnvironmentFault, InputError, SurgeonError, UsageError, Where
+from surgeon.formats.dequantized import DequantizedView, dequantized, scheme_of
+from surgeon.kernels.cast import round_to, widen
 from surgeon.system import memory_budget, physical_cores
 
 INSTALL = "pip install 'model-surgeon[run]'"
 TIMEOUT = 600.0
 OVERHEAD = 1 << 30
 """Memory a reader needs beside the weights: its code, activations of short inputs, one shard."""
+
+PACKAGES = {"compressed-tensors": "compressed-tensors", "auto-round": "auto-round", "bitsandbytes": "bitsandbytes"}
+"""quant_method of config.json -> what transformers needs beside itself, by its name on the package index."""
+
+TOLERANCE = {"compressed-tensors": 0.01, "auto-round": 0.02, "bitsandbytes": 0.01}
+"""quant_method -> largest relative difference of logits from those of the decoded numbers, where rounding explains no more.
+
+compressed-tensors and bitsandbytes are compared with their matrices decoded: then only the order of sums differs.
+auto-round turns its scales to bfloat16 in a model of that type, which the decoded numbers do not know of."""
+ROUNDINGS = 2.0
+"""A difference is explained by rounding up to this many times what 16 bits take the same model from float32."""
+AS_RUN = 0.5
+"""Largest relative difference of a model as its kernels run: eight-bit activations take small models up to a tenth away."""
 
 _CODES = {"load": "E360", "generate": "E361", "tokenizer": "E362", "chat template": "E362", "against": "E363"}
 _BUFFERS = (".inv_freq", ".masked_bias", ".position_ids", ".attn.bias", ".attention.bias")
@@ -49,12 +70,14 @@ class Reading:
         errors: failures.
         warnings: what is odd and not wrong.
         versions: of the reader's packages.
+        dtype: type the model was loaded in.
     """
 
     checks: dict[str, Any] = field(default_factory=dict)
     errors: list[SurgeonError] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
+    dtype: str | None = None
 
 
 @dataclass(frozen=True)
@@ -76,7 +99,7 @@ def require(*folders: Path) -> None:
 
     Raises:
         UsageError: E207 not a model folder.
-        EnvironmentFault: E512 torch or transformers is missing.
+        EnvironmentFault: E512 torch or transformers is missing, or the package for a quantized folder.
     """
     for place in folders:
         if not (place / CONFIG_NAME).is_file():
@@ -86,6 +109,24 @@ def require(*folders: Path) -> None:
     if missing:
         raise EnvironmentFault("E512", f"{' and '.join(missing)} not installed: the model cannot be loaded here",
                                help=INSTALL)  # fmt: skip
+    for place in folders:
+        package = missing_package(place)
+        if package is not None:
+            raise EnvironmentFault("E512", f"{package} is not installed: without it transformers cannot load {place}",
+                                   help=f"pip install {package}")  # fmt: skip
+
+
+def missing_package(folder: Path) -> str | None:
+    """Return the package that transformers needs to load a quantized folder and that is not installed; imports nothing."""
+    method = method_of(read_json_object(folder / CONFIG_NAME))
+    package = PACKAGES.get(method or "")
+    return package if package and importlib.util.find_spec(package.replace("-", "_")) is None else None
+
+
+def method_of(config: Mapping[str, Any] | None) -> str | None:
+    """Return the quant_method that config.json names; None for a plain model."""
+    method = scheme_of(config).get("quant_method")
+    return method if isinstance(method, str) else None
 
 
 def read_with_transformers(
@@ -96,11 +137,19 @@ def read_with_transformers(
     timeout: float = TIMEOUT,
     memory_limit: int | None = None,
     own_code: Mapping[Path, OwnCode] | None = None,
+    samples: Sequence[np.ndarray] = (),
+    outputs: Path | None = None,
 ) -> Reading:
     """Load a model folder with transformers in a fresh process; optionally generate and compare.
 
     Args:
+        generate: greedy tokens with and without the cache, tokenizer, chat template; a forward pass where nothing generates.
+        against: another folder, whose outputs on fixed tokens are compared. Beside a quantized model that holds just these
+            numbers (its own, dequantized), the outputs have to agree; beside any other the difference is only said.
         own_code: folder -> the packaged class it is loaded with, where its own code files equal the package's.
+        samples: token ids a quantized model is shown; needs ``outputs``.
+        outputs: existing folder for float32 logits [tokens, vocabulary] (last hidden states of a model without head) of
+            each sample: ``decoded-N.npy`` with decoded matrices, ``as-run-N.npy`` as the kernels run.
 
     Raises:
         UsageError: E207 the model is a bare file, which no reader loads.
@@ -109,12 +158,82 @@ def read_with_transformers(
     require(path, *([against] if against is not None else []))
     budget = memory_limit or memory_budget()
     request = _request(path, generate, against, budget)
+    request["samples"] = [np.asarray(ids).reshape(-1).tolist() for ids in samples]
+    request["outputs"] = str(outputs.absolute()) if outputs is not None else None
     request["own_code"] = {
         str(place.absolute()): {"folder": str(own.folder), "module": own.module, "name": own.name}
         for place, own in (own_code or {}).items()
     }
     answer, code = _run(request, timeout)
-    return _reading(path, answer, code)
+    found = _reading(path, answer, code)
+    if request["quantized"] and against is not None and "against" in found.checks:
+        _judge(found, path, against)
+    return found
+
+
+def _judge(found: Reading, path: Path, against: Path) -> None:
+    """Add an error where a quantized model is not what its own decoded numbers compute (E363)."""
+    figures = found.checks["against"]
+    ours, theirs = open_path(path, str(path)), open_path(against, str(against))
+    try:
+        figures["own"] = holds_the_same(ours, theirs)
+        method = method_of(ours.config)
+    finally:
+        ours.close()
+        theirs.close()
+    if not figures["own"]:
+        return
+    reason = too_far(method, figures["relative"], figures["as_run"], figures.get("rounding", 0.0))
+    if reason is not None:
+        found.errors.append(InputError("E363", f"the model does not compute what its quantized matrices stand for: {reason}",
+                                       where=Where(str(path)), help="its reader takes them for other numbers; do not use it there"))  # fmt: skip
+
+
+def too_far(method: str | None, relative: float, as_run: float, rounding: float) -> str | None:
+    """Return why a quantized model's outputs are not those of the numbers it stands for, None when they are.
+
+    Args:
+        method: quant_method.
+        relative: difference of outputs, matrices decoded, by the norm of the reference.
+        as_run: the same as its kernels run.
+        rounding: how far the reference's own 16 bits take it from float32; 0 where that was not needed.
+    """
+    allowed = max(TOLERANCE.get(method or "", 0.02), ROUNDINGS * rounding)
+    if not relative <= allowed:
+        return f"the outputs differ by {relative:.3g} (relative), at most {allowed:.2g} was expected"
+    if not as_run <= AS_RUN:
+        return f"as its kernels run, the outputs differ by {as_run:.3g} (relative), at most {AS_RUN:g} was expected"
+    return None
+
+
+def holds_the_same(stored: Checkpoint, plain: Checkpoint) -> bool:
+    """Say whether a plain model holds exactly the numbers a quantized one stands for, in whatever type keeps them."""
+    view = _decoded(stored)
+    if view is None:
+        return False
+    names = set(view.tensors)
+    if traits.quantized(plain) is not None or names != set(plain.tensors):
+        return False
+    if any(view.tensors[name].shape != plain.tensors[name].shape for name in names):
+        return False
+    return all(_equal(view, plain, name) for name in sorted(names))
+
+
+def _equal(view: DequantizedView, plain: Checkpoint, name: str) -> bool:
+    mine, theirs = view.tensors[name], plain.tensors[name]
+    step = max(view.granularity(name), 1 << 20)
+    for start in range(0, mine.elements, step):
+        stop = min(start + step, mine.elements)
+        one, other = view.read(name, start, stop), plain.read(name, start, stop)
+        if mine.dtype == theirs.dtype:
+            same = np.array_equal(one, other)
+        elif {DTYPES[mine.dtype].family, DTYPES[theirs.dtype].family} != {"float"}:
+            same = False
+        else:  # decoded to float16, kept in a model of bfloat16
+            same = np.array_equal(round_to(widen(one, mine.dtype), theirs.dtype), widen(other, theirs.dtype))
+        if not same:
+            return False
+    return True
 
 
 def _request(path: Path, generate: bool, against: Path | None, budget: int) -> dict[str, Any]:
@@ -146,9 +265,7 @@ def _request(path: Path, generate: bool, against: Path | None, budget: int) -> d
 def _describe(checkpoint: StoredCheckpoint) -> dict[str, Any]:
     """Return what the loaded model is compared with: parameters, declared type."""
     config = checkpoint.config or {}
-    section = traits.text_section(config)
-    declared = next((s[k] for s in (config, section) for k in ("dtype", "torch_dtype") if isinstance(s.get(k), str)), None)  # fmt: skip
-    declared = declared.removeprefix("torch.") if declared else None
+    declared = _declared(config)
     packed = traits.quantized(checkpoint) is not None
     head, embedding = traits.head_name(checkpoint.tensors), traits.embedding_name(checkpoint.tensors)
     skipped = {n for n in checkpoint.tensors if n.endswith(_BUFFERS)}
@@ -162,7 +279,42 @@ def _describe(checkpoint: StoredCheckpoint) -> dict[str, Any]:
         "parameters": None if packed else count,
         "dtype": declared if plain else None,
         "rows": _rows(checkpoint),
+        "quantized": _quantized(checkpoint) if packed else None,
     }
+
+
+def _quantized(checkpoint: StoredCheckpoint) -> dict[str, Any]:
+    """Return how many modules have to be quantized in memory: of the forms that are read here, all that are on disk.
+
+    transformers decodes experts of compressed-tensors while it loads them.
+    """
+    method, least = method_of(checkpoint.config), 0
+    view = _decoded(checkpoint)
+    if view is not None:
+        decoded = [name for name in view.tensors if view.computed(name)]
+        least = sum(method != "compressed-tensors" or traits.part_of(name) != "expert" for name in decoded)
+    declared = _declared(checkpoint.config or {})
+    # auto-round turns a model of another type into float16 by itself
+    wide = method == "auto-round" and declared not in ("float16", "bfloat16")
+    dtype = "float16" if wide else declared if declared in CODES else "float32"
+    return {"method": method, "least": least, "package": PACKAGES.get(method or ""), "dtype": dtype}
+
+
+def _declared(config: Mapping[str, Any]) -> str | None:
+    """Return the type that config.json declares."""
+    sections = (config, traits.text_section(config))
+    declared = next((s[k] for s in sections for k in ("dtype", "torch_dtype") if isinstance(s.get(k), str)), None)
+    return declared.removeprefix("torch.") if declared else None
+
+
+def _decoded(checkpoint: Checkpoint) -> DequantizedView | None:
+    """Return the plain numbers of a model in one of the forms of `PACKAGES`, None of any other and where they cannot be read."""
+    if method_of(checkpoint.config) not in PACKAGES:
+        return None
+    try:
+        return dequantized(checkpoint)
+    except InputError:
+        return None
 
 
 def _rows(checkpoint: StoredCheckpoint) -> int:
@@ -172,6 +324,9 @@ def _rows(checkpoint: StoredCheckpoint) -> int:
 
 def _needed(checkpoint: StoredCheckpoint, *, wide: bool) -> int:
     stored = sum(t.nbytes for t in checkpoint.tensors.values())
+    if (view := _decoded(checkpoint)) is not None:  # never widened; compressed-tensors unpacks everything in the first pass
+        unpacked = method_of(checkpoint.config) == "compressed-tensors"
+        return OVERHEAD + stored + (sum(t.nbytes for t in view.tensors.values()) if unpacked else 0)
     return OVERHEAD + (
         max(stored, sum(4 * t.elements for t in checkpoint.tensors.values())) if wide else stored
     )
@@ -237,7 +392,7 @@ def _reading(path: Path, answer: dict[str, Any], code: int) -> Reading:
         InputError(_CODES.get(f["check"], "E364"), f["message"], where=Where(str(path)))
         for f in answer["failures"]
     ]
-    return Reading(answer["checks"], errors, answer["warnings"], answer.get("versions", {}))
+    return Reading(answer["checks"], errors, answer["warnings"], answer.get("versions", {}), answer.get("dtype"))
 
 
 def _signal_name(number: int) -> str:

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from walk_models import model_folder, stock
 
-from surgeon.calibrate import activation_pass
+from surgeon.calibrate import activation_pass, forward_and_back
 from surgeon.calibrate import head as head_module
 from surgeon.calibrate.activation_gradients import activation_gradients, spilled_bytes
 from surgeon.calibrate.settings import Settings
@@ -285,7 +285,7 @@ def test_kept_inputs_and_recomputed_ones_give_the_same_bits(scratch, monkeypatch
     folder, samples = model_folder("mixtral", (("num_hidden_layers", 5),)), some_samples()
     _, kept = measured(folder, samples)
     for every in (2, 3, 8):
-        monkeypatch.setattr(activation_pass, "KEPT_EVERY", every)
+        monkeypatch.setattr(forward_and_back, "KEPT_EVERY", every)
         _, recomputed = measured(folder, samples, Settings(threads=1, spill=scratch / str(every)))
         assert recomputed.layers == kept.layers
         assert all(torch.equal(recomputed.g[place], kept.g[place]) for place in kept.g)
@@ -294,17 +294,17 @@ def test_kept_inputs_and_recomputed_ones_give_the_same_bits(scratch, monkeypatch
 def test_states_beyond_memory_go_to_files(monkeypatch):
     folder, samples = model_folder("mixtral", (("num_hidden_layers", 5),)), some_samples()
     _, kept = measured(folder, samples)
-    monkeypatch.setattr(activation_pass, "KEPT_EVERY", 2)
+    monkeypatch.setattr(forward_and_back, "KEPT_EVERY", 2)
     one = 18 * 5 * 32 * 4  # bytes of all states at one boundary, or a little more
     monkeypatch.setattr(activation_pass.Pass, "_room", lambda self: 2 * one)
     made = []
-    original = activation_pass.Boundaries.passing
+    original = forward_and_back.Boundaries.passing
 
     def passing(self):
         made.append(original(self))
         return made[-1]
 
-    monkeypatch.setattr(activation_pass.Boundaries, "passing", passing)
+    monkeypatch.setattr(forward_and_back.Boundaries, "passing", passing)
     _, filed = measured(folder, samples)
     kinds = {type(store).__name__ for store in made}
     assert kinds == {"InMemory", "InFile"}
@@ -314,7 +314,7 @@ def test_states_beyond_memory_go_to_files(monkeypatch):
 
 def test_files_take_no_more_than_announced_and_leftovers_of_a_killed_pass_go(scratch, monkeypatch):
     folder, samples = model_folder("mixtral", (("num_hidden_layers", 5),)), some_samples((18,) * 4, (0,) * 4)
-    monkeypatch.setattr(activation_pass, "KEPT_EVERY", 2)
+    monkeypatch.setattr(forward_and_back, "KEPT_EVERY", 2)
     monkeypatch.setattr("surgeon.calibrate.activation_gradients.KEPT_EVERY", 2)
     monkeypatch.setattr(activation_pass.Pass, "_room", lambda self: 0)
     settings = Settings(threads=1, spill=scratch)
@@ -410,7 +410,7 @@ def test_float16_gradients_that_would_underflow_survive(scratch):
 @pytest.mark.parametrize("at", [1, 4, 6, 7, 9, 11, 12])
 def test_an_interrupted_pass_continues_with_the_same_bits(scratch, monkeypatch, at):
     folder, samples = model_folder("mixtral", (("num_hidden_layers", 5),)), some_samples()
-    monkeypatch.setattr(activation_pass, "KEPT_EVERY", 2)
+    monkeypatch.setattr(forward_and_back, "KEPT_EVERY", 2)
     whole_loss, whole = measured(folder, samples, Settings(threads=1, spill=scratch / "whole"))
     settings = Settings(threads=1, spill=scratch / "spill")
     stop = threading.Event()

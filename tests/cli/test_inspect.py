@@ -201,6 +201,33 @@ def test_wrong_use_is_told_apart(capsys, scratch, arguments, code, text):
     assert len(ran.err.splitlines()) <= 12
 
 
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [
+        (["--criterion", "nope"], "E244", "there is no criterion"),
+        (["--criterion", "nope", "--calibration", "TEXT"], "E244", "there is no criterion"),
+        (["--criterion", "aimer", "--calibration", "TEXT"], "E246", "does not look at text"),
+        (["--criterion", "reap"], "E206", "--criterion"),
+        (["--keep-experts", "1"], "E206", "--keep-experts"),
+    ],
+)
+def test_options_about_experts_are_checked_before_anything_is_shown(capsys, scratch, arguments, code, text):
+    forge.model_folder(scratch / "model", 1)
+    ran = run(capsys, "inspect", scratch / "model", "--experts", *arguments)
+    assert (ran.code, ran.out) == (2, "") and f"error[{code}]" in ran.err and text in ran.err
+    assert "help:" in ran.err
+
+
+def test_why_no_text_can_be_run_is_told_apart(capsys, scratch):
+    folder = forge.model_folder(scratch / "dense", 1)
+    ran = run(capsys, "inspect", folder, "--experts", "--calibration", "TEXT")
+    assert (ran.code, ran.out) == (2, "") and "has no experts to look at" in ran.err
+    assert "config.json" not in ran.err
+    ran = run(capsys, "inspect", folder / "model.safetensors", "--experts", "--calibration", "TEXT")
+    assert (ran.code, ran.out) == (2, "") and "has no config.json" in ran.err
+    assert "give the model folder" in ran.err
+
+
 def test_a_hostile_name_cannot_drive_the_terminal(capsys, scratch):
     file = forge.write(scratch / "x.safetensors", {"a\x1b[31mred": np.ones(2, np.float32)})
     ran = run(capsys, "inspect", file, "--tensors", "*")

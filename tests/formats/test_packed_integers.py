@@ -167,7 +167,7 @@ def test_packed_rows(bits, columns, group, zeros, tmp_path):
     if zeros == "int8":
         tensors["a.weight_zero_point"] = torch.from_numpy(points - half).to(torch.int8)
     scheme = {"quant_method": "compressed-tensors", "format": "pack-quantized",
-              "config_groups": {"group_0": {"weights": {"num_bits": bits, "group_size": group}}}}  # fmt: skip
+              "config_groups": {"group_0": {"targets": ["Linear"], "weights": {"num_bits": bits, "group_size": group}}}}  # fmt: skip
     view = dequantized(model_of(tmp_path, tensors, scheme))
     assert list(view.tensors) == ["a.weight"] and view.tensors["a.weight"].shape == (rows, columns)
     same_bits(whole(view, "a.weight"), by_loops(codes, points, scales, np.arange(columns) // group))
@@ -228,7 +228,7 @@ def test_the_librarys_own_packing(bits, group, symmetric, tmp_path):
     expected = compressor.decompress(packed, scheme)["weight"]
     config = {
         "quant_method": "compressed-tensors",
-        "config_groups": {"group_0": {"weights": args.model_dump(mode="json")}},
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": args.model_dump(mode="json")}},
     }
     view = dequantized(model_of(tmp_path, {f"a.{name}": tensor for name, tensor in packed.items()}, config))
     assert list(view.tensors) == ["a.weight"]
@@ -253,7 +253,7 @@ def test_the_librarys_own_eight_bit_floats(strategy, tmp_path):
     expected = dequantize(codes, scale, zero, args)
     config = {
         "quant_method": "compressed-tensors",
-        "config_groups": {"group_0": {"weights": args.model_dump(mode="json")}},
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": args.model_dump(mode="json")}},
     }
     view = dequantized(model_of(tmp_path, {"a.weight": codes, "a.weight_scale": scale}, config))
     same_bits(whole(view, "a.weight"), expected)

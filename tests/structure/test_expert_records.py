@@ -394,6 +394,7 @@ def test_mistakes_in_a_record_are_shown_with_their_line(old: str, new: str, line
     assert caught.value.code == "E240"
     assert says in caught.value.message
     assert caught.value.where is not None and caught.value.where.file == "mine.yaml"
+    assert all(one.help for one in (caught.value, *caught.value.others))
     if line is not None:
         assert caught.value.where.line == line
 
@@ -402,6 +403,19 @@ def test_several_mistakes_are_all_shown() -> None:
     with pytest.raises(UsageError) as caught:
         parse(GOOD.replace("softmax", "hard").replace("gated: false", "gates: 1"), "mine.yaml")
     assert len(caught.value.others) >= 1
+
+
+def test_a_record_that_cannot_be_read_says_how_to_get_one(tmp_path: Path) -> None:
+    (tmp_path / "large.yaml").write_text("#" * (1 << 20) + "##")
+    (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00")
+    for name, says in (
+        ("none.yaml", "No such file"),
+        ("bytes.yaml", "not UTF-8"),
+        ("large.yaml", "too large"),
+    ):
+        with pytest.raises(UsageError, match=says) as caught:
+            load(tmp_path / name)
+        assert caught.value.code == "E240" and "--experts --guess" in (caught.value.help or "")
 
 
 @pytest.mark.parametrize("text", ["", "- a\n- b\n", "just words"])

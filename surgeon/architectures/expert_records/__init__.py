@@ -18,6 +18,7 @@ __all__ = ["ExpertRecord", "known", "load", "record_of", "to_yaml"]
 
 _FOLDER = Path(__file__).with_name("families")
 _LARGEST = 1 << 20
+_HELP = "`surgeon inspect MODEL --experts --guess` prints a record to start from"
 
 
 def record_of(config: Mapping[str, Any]) -> ExpertRecord | None:
@@ -50,12 +51,14 @@ def load(path: str | Path) -> ExpertRecord:
     path = Path(path)
     try:
         if path.stat().st_size > _LARGEST:
-            raise UsageError("E240", f"{path} is too large for a record of experts", where=Where(str(path)))
+            raise UsageError(
+                "E240", f"{path} is too large for a record of experts", where=Where(str(path)), help=_HELP
+            )
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise UsageError(
-            "E240", f"the record of experts cannot be read: {reason}", where=Where(str(path))
+            "E240", f"the record of experts cannot be read: {reason}", where=Where(str(path)), help=_HELP
         ) from error
     return parse(text, str(path))
 
@@ -68,22 +71,29 @@ def parse(text: str, file: str) -> ExpertRecord:
     """
     try:
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
-            raise UsageError("E240", "a record of experts uses no YAML aliases (*name)", where=Where(file))
+            raise UsageError(
+                "E240",
+                "a record of experts uses no YAML aliases (*name)",
+                where=Where(file),
+                help="write the value out; " + _HELP,
+            )
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         document = yaml.safe_load(text)
     except RecursionError:
-        raise UsageError("E240", "the record of experts is nested too deeply", where=Where(file)) from None
+        raise UsageError(
+            "E240", "the record of experts is nested too deeply", where=Where(file), help=_HELP
+        ) from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         problem = getattr(error, "problem", None) or "it is not YAML"
         raise UsageError(
             "E240", f"the record of experts is not valid YAML: {problem}",
-            where=Where(file, mark.line + 1 if mark else None, mark.column + 1 if mark else None),
+            where=Where(file, mark.line + 1 if mark else None, mark.column + 1 if mark else None), help=_HELP,
         ) from error  # fmt: skip
     if not isinstance(document, dict):
         raise UsageError(
             "E240", "a record of experts is a YAML mapping with family, counts, storages and so on", where=Where(file),
-            help="`surgeon inspect MODEL --experts --guess` prints a proposal to start from",
+            help=_HELP,
         )  # fmt: skip
     _refuse_repeated_keys(root, file)
     try:
@@ -92,7 +102,9 @@ def parse(text: str, file: str) -> ExpertRecord:
         raise_all([_finding(one, root, file) for one in error.errors(include_url=False)])
         raise  # pragma: no cover; pydantic never raises without findings
     except (TypeError, ValueError) as error:  # a date, a set: YAML has more types than JSON
-        raise UsageError("E240", f"the record of experts holds {error}", where=Where(file)) from error
+        raise UsageError(
+            "E240", f"the record of experts holds {error}", where=Where(file), help=_HELP
+        ) from error
 
 
 def to_yaml(record: ExpertRecord) -> str:
@@ -118,7 +130,10 @@ def _finding(error: Any, root: Any, file: str) -> UsageError:
     }.get(message, message[0].lower() + message[1:])
     what = f"{path}: {message}" if path else message
     return UsageError(
-        "E240", f"the record of experts is wrong: {what}", where=Where(file, node.start_mark.line + 1, None)
+        "E240",
+        f"the record of experts is wrong: {what}",
+        where=Where(file, node.start_mark.line + 1, None),
+        help=_HELP,
     )
 
 
@@ -145,7 +160,7 @@ def _refuse_repeated_keys(node: Any, file: str) -> None:
                 mark = name.start_mark
                 raise UsageError(
                     "E240", f'"{name.value}" stands twice in the record of experts',
-                    where=Where(file, mark.line + 1, mark.column + 1),
+                    where=Where(file, mark.line + 1, mark.column + 1), help="leave one of them out",
                 )  # fmt: skip
             seen.add(name.value)
             _refuse_repeated_keys(below, file)

@@ -70,6 +70,19 @@ def get(name: str) -> Criterion:
     return importlib.import_module(f"{__name__}.{wanted}").CRITERION
 
 
+def of_routing(name: str) -> Criterion:
+    """Return a criterion by which domains can be compared: one that looks at what a pass over text shows.
+
+    Raises:
+        UsageError: E244 there is none of this name; E246 it does not look at text.
+    """
+    found = get(name)
+    if found.needs != "routing":
+        raise UsageError("E246", f"domains cannot be compared by {name}, which does not look at text",
+                         help="use easy-ep, reap or another criterion of routing")  # fmt: skip
+    return found
+
+
 def per_token(sums: np.ndarray, statistics: LayerStatistics) -> np.ndarray:
     """Return sums over each expert's tokens divided by their number, float64 [E]; 0 for an expert without any."""
     return sums / np.maximum(statistics.tokens, 1)

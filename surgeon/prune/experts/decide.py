@@ -12,6 +12,7 @@ import numpy as np
 
 from surgeon.checkpoint.checkpoint import Checkpoint
 from surgeon.checkpoint.dtypes import CODES, DTYPES
+from surgeon.checkpoint.header import printable
 from surgeon.errors import InputError, UsageError, Where
 from surgeon.experts import criteria
 from surgeon.experts.select import select
@@ -57,7 +58,7 @@ def choose(session: ExpertSession, target: Target) -> Choice:
     """
     request = session.request
     if request.from_report is not None:
-        return _reported(session, Path(request.from_report).expanduser())
+        return reported(session)
     if request.method == "heapr":
         from surgeon.prune.experts import channels
 
@@ -120,13 +121,21 @@ def _within(session: ExpertSession, target: Target, possible: tuple[int, ...]) -
 
 def size_of(session: ExpertSession, keep: int, kind: str) -> int:
     """Return bytes ("size") or parameters of the weights when every layer keeps so many experts."""
+    return measured(view_of(session, keep), kind, session.request.dtype)
+
+
+def view_of(session: ExpertSession, keep: int) -> ExpertView:
+    """Return the model in which every layer keeps its first so many experts.
+
+    Raises:
+        What `ExpertView` raises.
+    """
     experts = session.experts
     each, size = keep // experts.groups, experts.count // experts.groups
     kept = tuple(g * size + n for g in range(experts.groups) for n in range(each))
-    view = ExpertView(
+    return ExpertView(
         session.checkpoint, experts, with_idle(session, {layer.index: kept for layer in experts.running})
     )
-    return measured(view, kind, session.request.dtype)
 
 
 def measured(view: Checkpoint, kind: str, dtype: str | None) -> int:
@@ -220,11 +229,17 @@ def idle_remarks(session: ExpertSession) -> list[str]:
 # ---- from a report -------------------------------------------------------------------------------
 
 
-def _reported(session: ExpertSession, file: Path) -> Choice:
-    """Return the cut of an earlier result's report."""
+def reported(session: ExpertSession) -> Choice:
+    """Return the cut of an earlier result's report.
+
+    Raises:
+        InputError: E408 it is none, one of another kind of model, or one that needs weights it does not hold.
+    """
+    file = Path(session.request.from_report or "").expanduser()
     place = file / REPORT_FILE if file.is_dir() else file
     try:
         document = json.loads(place.read_bytes())
+        family, of = str(document["family"]), int(document["of"])
         cut = ExpertCut.from_document(document["experts"])
         keep = len(next(iter(cut.kept.values()))) if cut.kept else session.experts.count
         layers = {int(layer): entry for layer, entry in document.get("layers", {}).items()}
@@ -234,13 +249,20 @@ def _reported(session: ExpertSession, file: Path) -> Choice:
     if document.get("replaced"):
         raise InputError("E408", f"{place} describes merged experts, whose weights are not in the report", where=Where(str(place)),
                          help="run the method again")  # fmt: skip
+    experts = session.experts
+    if (family, of) != (experts.record.family, experts.count):
+        # Numbers of experts would fit many models, and say nothing about their experts.
+        raise InputError("E408", f"{place} is about a {printable(family)[:60]} model with {of} experts a layer, and {session.source.key} is a "
+                         f"{experts.record.family} model with {experts.count}", where=Where(str(place)),
+                         help="give a report made from this model or another checkpoint of it, or --keep-experts instead of --from-report")  # fmt: skip
     return Choice(cut, keep, layers=layers)
 
 
 def report_of(session: ExpertSession, choice: Choice, target: Target | None) -> bytes:
     """Return the content of `REPORT_FILE`."""
     document = {
-        "experts": choice.cut.document(), "method": session.request.method, "target": target.name if target else None,
+        "experts": choice.cut.document(), "family": session.experts.record.family, "of": session.experts.count,
+        "method": session.request.method, "target": target.name if target else None,
         "replaced": choice.replaced is not None, "record": choice.record,
         "layers": {str(layer): entry for layer, entry in sorted(choice.layers.items())},
     }  # fmt: skip

@@ -36,10 +36,6 @@ def choose(session: ExpertSession, keep: int) -> Choice:
     else:
         from surgeon.prune.experts import merging
         from surgeon.prune.experts.features import collect_features
-        from surgeon.structure.experts.weights import refuse_quantized
-
-        for layer in experts.running:  # before the model is run for what could not be merged
-            refuse_quantized(session.checkpoint, layer)
 
         samples = [sample.ids for sample in session.texts.statistics]
         features = collect_features(

@@ -309,6 +309,17 @@ def channel_scores(
     )  # fmt: skip
 
 
+def without_measuring(experts: Experts) -> ChannelScores:
+    """Return scores that say nothing, for what can be told of a cut without them; no weights are read."""
+    places = [(layer.index, expert) for layer in experts.layers for expert in range(layer.count)]
+    running = {layer.index for layer in experts.running}
+    quantized = {layer.index for layer in experts.layers if layer.quantized is not None}
+    return ChannelScores(
+        "random", {}, experts.width, tokens={place: 0 for place in places if place[0] in running},
+        unmeasured={place: np.zeros(experts.width) for place in places if place[0] not in running | quantized},
+    )  # fmt: skip
+
+
 def about_of(checkpoint: Checkpoint, samples: Sequence[TokenSample], settings: Settings) -> dict[str, Any]:
     """Return what channel scores depend on: the model's files, the tokens, the precision, the batches.
 
@@ -345,7 +356,7 @@ def check_measurable(checkpoint: Checkpoint, experts: Experts) -> None:
         if layer.quantized is not None:
             raise InputError(
                 "E435", f"the experts of layer {layer.index} are quantized ({layer.quantized}): their channels have no gradients",
-                where=Where(checkpoint.label), help="dequantize the model first, or drop whole experts: --method reap",
+                where=Where(checkpoint.label), help="--dequantize reads it as plain numbers; or drop whole experts: --method reap",
             )  # fmt: skip
 
 

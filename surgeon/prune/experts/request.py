@@ -100,6 +100,7 @@ class ExpertRequest(BaseModel):
     memory_limit: int | None = Field(default=None, ge=1)
     seed: int = 0
     offline: bool = False
+    dequantize: bool = False
     work: str | None = None
 
     @field_validator("keep_experts", mode="before")

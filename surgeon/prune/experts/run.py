@@ -28,10 +28,10 @@ from surgeon.experts import masked
 from surgeon.experts.analysis import risk
 from surgeon.formats.dequantized import runnable
 from surgeon.output.manifest import MANIFEST
-from surgeon.output.places import locked, same_result
+from surgeon.output.places import check_places, enough_disk, inputs_of, locked, same_result
 from surgeon.plan import Plan
-from surgeon.prune import candidate, preflight
-from surgeon.prune.experts import decide, quality
+from surgeon.prune import candidate
+from surgeon.prune.experts import decide, possible, quality
 from surgeon.prune.experts.decide import REPORT_FILE, Choice
 from surgeon.prune.experts.request import ExpertRequest
 from surgeon.prune.experts.session import ExpertSession, Say, Tell
@@ -96,8 +96,7 @@ def prune(
     )  # fmt: skip
     targets = request.targets or (None,)
     for target in targets:
-        if target is not None and request.method != "heapr":
-            decide.keep_count(session, target)
+        possible.check(session, target)
     document = _document(session, destination)
     same = _finished(session, destination) if resume else None
     if same is not None:
@@ -108,9 +107,9 @@ def prune(
         }
     if request.dtype and quantized(session.checkpoint):
         raise UsageError("E258", f"{source.path} is quantized: --dtype would round its scales, which changes the weights", help="leave --dtype out")  # fmt: skip
-    inputs = preflight.inputs_of(source)
-    preflight.check_places(session.work, destination, inputs, overwrite=overwrite)
-    needs = preflight.enough_disk(_disk_bytes(session, len(targets)), destination, session.work)
+    inputs = inputs_of(source)
+    check_places(session.work, destination, inputs, overwrite=overwrite)
+    needs = enough_disk(_disk_bytes(session, len(targets)), destination, session.work)
     if dry_run:
         return {**document, **_rehearsed(session, needs, targets), "seconds": _since(started)}
     outcome, plan_id = None, None

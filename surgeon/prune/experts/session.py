@@ -122,7 +122,7 @@ class ExpertSession:
     @cached_property
     def settings(self) -> Settings:
         r = self.request
-        return Settings(device=r.device if r.device != "auto" else _auto(), dtype=r.calibration_dtype,
+        return Settings(device=r.device, dtype=r.calibration_dtype,
                         memory_limit=r.memory_limit, threads=r.threads, spill=self.work / "pass")  # fmt: skip
 
     @property
@@ -200,16 +200,25 @@ class ExpertSession:
         return super_experts(self.statistics, self.experts)
 
     @cached_property
-    def protected(self) -> dict[int, frozenset[int]]:
-        """Layer -> experts that stay whatever their score: super experts, and those the user named."""
-        found: dict[int, set[int]] = defaultdict(set)
-        r = self.request
-        for layer, ids in r.protected.items():
+    def named(self) -> dict[int, frozenset[int]]:
+        """Layer -> experts the user protects; known before anything runs.
+
+        Raises:
+            UsageError: E258 the model has none of this number.
+        """
+        found = self.request.protected
+        for layer, ids in found.items():
             if layer not in {one.index for one in self.experts.running} or max(ids) >= self.experts.count:
                 raise UsageError("E258", f"--protect {layer}:{max(ids)}: the model has {self.experts.count} experts in layers "
-                                 f"{self.experts.running[0].index} to {self.experts.running[-1].index}")  # fmt: skip
-            found[layer] |= ids
-        if not r.no_protect and self.needs_text:
+                                 f"{self.experts.running[0].index} to {self.experts.running[-1].index}",
+                                 help="LAYER:EXPERT, both counted from 0; `surgeon inspect MODEL --experts` lists them")  # fmt: skip
+        return found
+
+    @cached_property
+    def protected(self) -> dict[int, frozenset[int]]:
+        """Layer -> experts that stay whatever their score: super experts, and those the user named."""
+        found: dict[int, set[int]] = defaultdict(set, {layer: set(ids) for layer, ids in self.named.items()})
+        if not self.request.no_protect and self.needs_text:
             for one in self.supers:
                 if one.certain:
                     found[one.layer].add(one.expert)
@@ -281,9 +290,3 @@ def _divided(found: data.CalibrationSet, wanted: int) -> Texts:
 
 def _count(samples: Sequence[np.ndarray]) -> dict[str, int]:
     return {"samples": len(samples), "tokens": int(sum(len(ids) for ids in samples))}
-
-
-def _auto() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -216,9 +216,7 @@ def gather(
     Raises:
         InputError: E444 a family whose routing cannot be repeated; what a walk raises. EnvironmentFault: E504.
     """
-    if experts.record.router.gate_on == "input":
-        raise InputError("E444", "this family's experts are given weighted inputs, so their outputs cannot be weighed again",
-                         help="use --method reap")  # fmt: skip
+    refuse_weighted_inputs(experts)
     limit = max(1, settings.budget() // 4 // (4 * experts.count * (experts.count + 2)))
     limit = limit if most_tokens is None else min(limit, most_tokens)
     with Walk(checkpoint, samples, settings) as walk:
@@ -227,6 +225,13 @@ def gather(
             walk.run(observer, progress=progress, stop=stop, replace=observer.mask if progressive else None)
         finally:
             observer.release()
+
+
+def refuse_weighted_inputs(experts: Experts) -> None:
+    """Raise E444 for a family whose experts' outputs cannot be weighed again."""
+    if experts.record.router.gate_on == "input":
+        raise InputError("E444", "this family's experts are given weighted inputs, so their outputs cannot be weighed again",
+                         help="use --method reap")  # fmt: skip
 
 
 def naee(

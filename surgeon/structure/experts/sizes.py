@@ -85,6 +85,11 @@ def looks_routed(checkpoint: Checkpoint) -> bool:
             value = section.get(key)
             if isinstance(value, int) and not isinstance(value, bool) and value > 1:
                 return True
+    return holds_routed(checkpoint)
+
+
+def holds_routed(checkpoint: Checkpoint) -> bool:
+    """Say whether there are tensors of experts; a dense model of a mixed family has none, whatever its configuration counts."""
     return any(ROUTED.search(name) for name in checkpoint.tensors)
 
 

@@ -117,7 +117,7 @@ def refuse_quantized(checkpoint: Checkpoint, layer: ExpertLayer) -> None:
     raise InputError(
         "E442", f"the experts of layer {layer.index} of {checkpoint.label} are stored as {what}, and their values are needed here",
         where=Where(tensor=printable(coded.name)) if coded else None,
-        help="give a checkpoint in bfloat16, float16 or float32, or choose a criterion that needs no weights, such as reap",
+        help="--dequantize reads them as plain numbers; or choose a criterion that needs no weights, such as reap",
     )  # fmt: skip
 
 
@@ -142,7 +142,7 @@ def routing_parts(checkpoint: Checkpoint, layer: ExpertLayer, expert: int) -> di
             info = checkpoint.tensors[tensor.name]
             if tensor.companion or DTYPES[info.dtype].family != "float":
                 raise InputError("E442", f"the router of layer {layer.index} of {checkpoint.label} is stored as {info.dtype}",
-                                 where=Where(tensor=printable(tensor.name)), help="its values are needed here: dequantize it first")  # fmt: skip
+                                 where=Where(tensor=printable(tensor.name)), help="its values are needed here: --dequantize")  # fmt: skip
     return _parts(checkpoint, layer, expert, ROUTING)
 
 

@@ -1,0 +1,231 @@
+"""From a target to a scheme for every matrix: sensitivities, menus as readers allow them, a solver, exact sizes.
+
+Groups are tied by what the reader demands before anything is solved; where a reader takes one of several families of
+schemes, each is solved and the best one wins.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from surgeon.checkpoint.strict_json import read_json_object
+from surgeon.errors import InputError, UsageError, Where
+from surgeon.formats.scheme import Scheme
+from surgeon.quantize import wishes
+from surgeon.quantize.allocation import sensitivity_file, target_size
+from surgeon.quantize.allocation.menus import KEPT, Allocation, Alternative, Menu, monotone, tied
+from surgeon.quantize.allocation.sensitivity import Sensitivities
+from surgeon.quantize.request import MENU
+from surgeon.quantize.scheme_names import by_name
+from surgeon.quantize.session import Schemes, Session
+from surgeon.quantize.sizes import file_bytes, fixed_bytes, matrix_bytes, word
+
+PLAN_FILE = "plan.json"
+"""Companion that says how every matrix is stored, and why."""
+
+
+@dataclass
+class Decision:
+    """What was decided.
+
+    Attributes:
+        schemes: matrix -> scheme.
+        allocation: how it was found; None where schemes were named.
+        sensitivities: what the losses came from.
+        tried: of a divergence: (bytes, divergence) of every plan that was measured.
+        remarks: sentences for the user.
+    """
+
+    schemes: Schemes
+    allocation: Allocation | None = None
+    sensitivities: Sensitivities | None = None
+    tried: tuple[tuple[int, float], ...] = ()
+    remarks: tuple[str, ...] = ()
+
+
+def decide(session: Session, divergence: Callable[[Schemes], float]) -> Decision:
+    """Return the scheme of every matrix.
+
+    Args:
+        divergence: makes a model of some schemes and measures how far it is from the source (``--target-kl``).
+
+    Raises:
+        UsageError: E231 a scheme, E249 a pattern asks for one that readers do not take there, E462 a target out of reach.
+        InputError: what the form refuses; E463, E464 sensitivities; E492 a plan.
+    """
+    if session.request.plan is not None:
+        return planned(session, Path(session.request.plan).expanduser())
+    target = session.request.target
+    if target is None:
+        return Decision(wishes.assigned(session))
+    table = sensitivities(session, schemes_of_menu(session))
+    found = alternatives(session, table)
+    kind, value = target
+    tried: tuple[tuple[int, float], ...] = ()
+    if kind == "size":
+        allocation = target_size.for_size(
+            found, int(value), lambda one: file_bytes(session, schemes_of(session, one))
+        )
+    elif kind == "bits":
+        allocation = target_size.for_bits(found, value)
+    else:
+        scale = 1.0 if table.kind == "kl" else None
+        allocation, plans = target_size.for_kl(
+            found, value, lambda one: divergence(schemes_of(session, one)), scale=scale
+        )
+        tried = tuple(
+            (file_bytes(session, schemes_of(session, one.allocation)), one.divergence) for one in plans
+        )
+    schemes = schemes_of(session, allocation)
+    wishes.check(session, schemes)
+    return Decision(schemes, allocation, table, tried, tuple(_remarks(allocation, table)))
+
+
+def _remarks(allocation: Allocation, table: Sensitivities) -> list[str]:
+    said = []
+    if allocation.status != "optimal":
+        said.append(
+            f"the solver was stopped ({allocation.status}): the plan is at most {allocation.gap:.2%} from the best"
+        )
+    if allocation.downgrades:
+        said.append(
+            f"{len(allocation.downgrades)} groups were made smaller because headers took more than predicted"
+        )
+    if table.estimated:
+        said.append(f"{len(table.estimated)} matrices saw no token: their losses are those of like ones")
+    return said
+
+
+# ---- what may be chosen -------------------------------------------------------------------------------
+
+
+def schemes_of_menu(session: Session) -> list[Scheme]:
+    """Return the schemes a target chooses from, with those that patterns ask for."""
+    request, form = session.request, session.form
+    widths = request.bits or tuple(width for width in MENU if width in form.widths) or form.widths
+    wrong = [width for width in request.bits if form.widths and width not in form.widths]
+    if wrong:
+        raise UsageError("E217", f"{form.name} stores no matrices of {wrong[0]} bits for {form.reader.runtime}",
+                         help="it stores " + ", ".join(map(str, form.widths)))  # fmt: skip
+    found = wishes.menu(session, widths)
+    for wanted in wishes.wishes(session).fixed.values():
+        found.append(wanted.scheme)
+    return [scheme for scheme in dict.fromkeys(found) if scheme is not None]
+
+
+def alternatives(session: Session, table: Sensitivities) -> list[Alternative]:
+    """Return what readers take, with exact bytes and losses."""
+    asked = wishes.wishes(session)
+    matrices = wishes.every(session)
+    taken = {m.tensor for m in session.linear.matrices} | set(asked.fixed)
+    shapes = {name: (m.rows, m.columns) for name, m in matrices.items() if name in taken}
+    menu: list[Scheme | None] = [*schemes_of_menu(session), None]
+    fixed = fixed_bytes(session, set(shapes))
+    found = []
+    for number, choices in enumerate(session.form.choices(shapes, menu)):
+        menus: list[Menu] = []
+        for choice in choices:
+            sizes = {
+                name: {word(s): matrix_bytes(session, name, shapes[name], s) for s in choice.schemes}
+                for name in choice.names
+            }
+            if not choice.schemes:
+                raise InputError("E464", f"nothing in the menu can store {choice.names[0]}", where=Where(tensor=choice.names[0]),
+                                 help="allow other widths with --bits, or another group size")  # fmt: skip
+            tied_menu = tied(choice.names[0], table.menus(sizes))
+            menus.append(monotone(_pinned(tied_menu, choice.names, asked))[0])
+        found.append(Alternative(f"family {number + 1}", tuple(menus), fixed))
+    return found
+
+
+def _pinned(menu: Menu, names: Sequence[str], asked: wishes.Wishes) -> Menu:
+    """Return a menu with one option where a pattern decided about one of its matrices."""
+    said = {name: asked.fixed[name].scheme for name in names if name in asked.fixed}
+    if not said:
+        return menu
+    if len({word(scheme) for scheme in said.values()}) > 1:
+        raise UsageError("E249", f"patterns want {names[0]} and what it is tied to stored differently",
+                         help="readers load them as one: name the same scheme for all")  # fmt: skip
+    return menu.only(word(next(iter(said.values()))))
+
+
+def schemes_of(session: Session, allocation: Allocation) -> Schemes:
+    """Return the schemes an allocation stands for."""
+    return {
+        name: None if option == KEPT else by_name(option) for name, option in allocation.by_module().items()
+    }
+
+
+# ---- sensitivities ------------------------------------------------------------------------------------
+
+
+def sensitivities(session: Session, menu: Sequence[Scheme]) -> Sensitivities:
+    """Return losses of all matrices in all schemes: from the file that was given, kept, or measured now."""
+    from surgeon.quantize import measuring
+
+    request = session.request
+    given = Path(request.sensitivities).expanduser() if request.sensitivities else None
+    if given is not None and given.is_file():
+        table = sensitivity_file.load(given, kind=request.sensitivity)  # type: ignore[arg-type]
+        session.say(f"sensitivities from {given.name}: the model is not run for them")
+        return table
+    layers = session.linear.layers
+    asked = wishes.wishes(session)
+    head = session.linear.head
+    if head is not None and head.tensor in asked.fixed:
+        layers = (*layers, (head,))
+    table = measuring.measure(
+        request.sensitivity, session.checkpoint, layers, menu, session.form,
+        session.texts.statistics if request.sensitivity != "weight" else (), session.settings, session.options,
+        session.work / "sensitivities", progress=session.tell, stop=session.stop,
+    )  # fmt: skip
+    if given is not None:
+        given.parent.mkdir(parents=True, exist_ok=True)
+        sensitivity_file.save(given, table)
+    return table
+
+
+# ---- plans --------------------------------------------------------------------------------------------
+
+
+def planned(session: Session, file: Path) -> Decision:
+    """Return what an earlier result's `PLAN_FILE` says.
+
+    Raises:
+        InputError: E492 it is no such file, or one of another model.
+    """
+    place = file / PLAN_FILE if file.is_dir() else file
+    if not place.is_file():
+        raise UsageError("E216", f"--plan {file} is no file, and no folder with {PLAN_FILE}", help="give the result of an earlier quantization")  # fmt: skip
+    document = read_json_object(place)
+    matrices = wishes.every(session)
+    try:
+        said = {str(name): str(scheme) for name, scheme in document["matrices"].items()}
+    except (KeyError, TypeError, AttributeError):
+        raise InputError("E492", f"{place.name} is no plan of a quantization", where=Where(str(place)), help=f"{PLAN_FILE} lies in every quantized folder") from None  # fmt: skip
+    strange = sorted(said.keys() - matrices.keys())
+    absent = sorted({m.tensor for m in session.linear.matrices} - said.keys())
+    if strange or absent:
+        raise InputError("E492", f"{place.name} is a plan of another model: {(strange or absent)[0]} is {'not here' if strange else 'not in it'}",
+                         where=Where(str(place)), help="give a plan that was made for this model, with the same --ignore")  # fmt: skip
+    schemes: Schemes = {name: None if text == KEPT else by_name(text) for name, text in said.items()}
+    wishes.check(session, schemes)
+    return Decision(schemes)
+
+
+def plan_document(session: Session, decision: Decision, records: Sequence[dict[str, Any]]) -> bytes:
+    """Return the content of `PLAN_FILE`."""
+    allocation = decision.allocation
+    document: dict[str, Any] = {
+        "schema": 1, "format": session.form.name, "runtime": session.form.reader.runtime,
+        "matrices": {name: word(scheme) for name, scheme in decision.schemes.items()},
+        "allocation": None if allocation is None else allocation.record(),
+        "sensitivity": None if decision.sensitivities is None else decision.sensitivities.kind,
+        "tried": [{"bytes": size, "kl": kl} for size, kl in decision.tried],
+        "records": list(records),
+    }  # fmt: skip
+    return (json.dumps(document, indent=1) + "\n").encode()

@@ -1,0 +1,584 @@
+"""Sensitivities against plain torch: stock models with hooks and autograd, loops over tokens and over whole models."""
+
+from __future__ import annotations
+
+import copy
+import re
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from surgeon.calibrate.matrices import Matrix, matrices_of
+from surgeon.calibrate.settings import Settings
+from surgeon.calibrate.skeleton import Skeleton
+from surgeon.calibrate.walk import Walk
+from surgeon.checkpoint.checkpoint import open_path
+from surgeon.errors import EnvironmentFault, Interrupted, UsageError
+from surgeon.formats.compressed_runtimes import Reader
+from surgeon.formats.scheme import Scheme
+from surgeon.quantize import forms, gptq, rtn
+from surgeon.quantize.measuring import fisher, kl, measure, relative_output
+from surgeon.quantize.sequential import Options
+from surgeon.seeds import stream_key, uniform
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "calibrate"))
+from walk_models import model_folder, stock, texts
+
+MENU = tuple(Scheme("int", bits, -1) for bits in (2, 3, 4, 8))
+NAMES = tuple(scheme.name for scheme in MENU)
+SETTINGS = Settings(threads=1)
+LENGTHS = (48, 48, 41, 48, 33, 48)
+"""266 tokens: more than four for each input, so that dense Hessians are taken as they are."""
+RTN, GPTQ = Options(method="rtn"), Options(method="gptq")
+
+
+class Model:
+    """One tiny model, opened both ways, with a text."""
+
+    def __init__(self, family: str, **extra) -> None:
+        self.folder = model_folder(family, tuple(sorted(extra.items())))
+        self.checkpoint = open_path(self.folder)
+        self.layers = matrices_of(self.checkpoint, Skeleton(self.checkpoint, SETTINGS))
+        self.form = forms.get("compressed-tensors", Reader(dtype="F32"), family)
+        self.samples = texts(LENGTHS)
+
+    @property
+    def matrices(self) -> list[Matrix]:
+        return [matrix for layer in self.layers for matrix in layer]
+
+    def measure(self, kind, folder, options=RTN, **changes):
+        given = {"layers": self.layers, "menu": MENU, "samples": self.samples, **changes}
+        layers, menu, samples = given.pop("layers"), given.pop("menu"), given.pop("samples")
+        settings = given.pop("settings", SETTINGS)
+        return measure(
+            kind, self.checkpoint, layers, menu, self.form, samples, settings, options, folder, **given
+        )
+
+    def stock(self):
+        return stock(self.folder, dtype=torch.float32, experts_implementation="eager")
+
+
+@pytest.fixture(scope="module")
+def llama() -> Model:
+    return Model("llama", num_hidden_layers=2)
+
+
+@pytest.fixture(scope="module")
+def mixtral() -> Model:
+    return Model("mixtral", num_hidden_layers=2)
+
+
+@pytest.fixture(scope="module")
+def qwen() -> Model:
+    return Model("qwen3_moe", num_hidden_layers=2)
+
+
+# ---- the same with plain torch ----------------------------------------------------------------------
+
+
+class Plain:
+    """Inputs of every matrix, gates, and gradients at every output, by the checkpoint's names; from the stock model."""
+
+    def __init__(self, model: Model, seed: int | None = None) -> None:
+        self.inputs: dict[str, list] = {}
+        self.gates: dict[str, list] = {}
+        self.gradients: dict[str, list] = {}
+        self.weights: dict[str, torch.Tensor] = {}
+        self.tokens = 0
+        network = model.stock().requires_grad_(False)
+        names = {name.removesuffix(".weight") for name in model.checkpoint.tensors}
+        self._network, self._model = network, model
+        for number, ids in enumerate(model.samples):
+            self._sample(number, torch.from_numpy(ids)[None], names, seed)
+
+    def _sample(self, number, ids, names, seed) -> None:
+        network = self._network
+        linear, experts, handles = [], [], []
+
+        def hook(name):
+            def seen(module, args, out):
+                if out.requires_grad:
+                    out.retain_grad()
+                linear.append((name, module, args[0].detach(), out))
+
+            return seen
+
+        def routed(name):
+            def seen(module, args, out):
+                if out.requires_grad:
+                    out.retain_grad()
+                experts.append((name, module, *(value.detach() for value in args), out))
+
+            return seen
+
+        for name, module in network.named_modules():
+            if (
+                isinstance(module, nn.Linear)
+                and name in names
+                and ".gate" not in name.replace("gate_proj", "")
+            ):
+                handles.append(module.register_forward_hook(hook(name)))
+            elif name.endswith(".experts"):
+                handles.append(module.register_forward_hook(routed(name)))
+        embedded = network.get_input_embeddings()(ids).detach().requires_grad_(seed is not None)
+        logits = network(inputs_embeds=embedded).logits[0]
+        if seed is not None:
+            with torch.no_grad():
+                running = torch.softmax(logits[:-1].double(), 1).cumsum(1).numpy()
+            chances = uniform(stream_key(seed, number, "labels of the Fisher information"), 0, len(running))
+            labels = torch.tensor(
+                [int((row <= chance).sum()) for row, chance in zip(running, chances, strict=True)]
+            )
+            functional.cross_entropy(logits[:-1], labels, reduction="sum").backward()
+            self.tokens += len(labels)
+        for handle in handles:
+            handle.remove()
+        for name, module, given, out in linear:
+            self._add(
+                name,
+                module.weight,
+                given.flatten(0, -2),
+                None,
+                None if seed is None else out.grad.flatten(0, -2),
+            )
+        for name, module, hidden, index, weights, out in experts:
+            self._experts(name, module, hidden, index, weights, None if seed is None else out.grad)
+
+    def _experts(self, name, module, hidden, index, weights, gradient) -> None:
+        """One expert after the other, token by token what the block does."""
+        first, gate_up_down = self._names(name)
+        for expert in range(len(module.gate_up_proj)):
+            rows, slots = (index == expert).nonzero(as_tuple=True)
+            gates, x = weights[rows, slots], hidden[rows]
+            inner = (x @ module.gate_up_proj[expert].T).requires_grad_()
+            half = inner.shape[1] // 2
+            product = module.act_fn(inner[:, :half]) * inner[:, half:]
+            out = product @ module.down_proj[expert].T
+            found = [None, None, None]
+            if gradient is not None:
+                at_out = gradient[rows] * gates[:, None]
+                (out * at_out).sum().backward()
+                found = [inner.grad[:, :half], inner.grad[:, half:], at_out]
+            parts = [
+                module.gate_up_proj[expert][:half],
+                module.gate_up_proj[expert][half:],
+                module.down_proj[expert],
+            ]
+            for leaf, weight, given, own in zip(
+                gate_up_down, parts, (x, x, product.detach()), found, strict=True
+            ):
+                self._add(f"{first}.{expert}.{leaf}", weight, given, gates, own)
+
+    def _names(self, name):
+        """The checkpoint's names of a block of experts."""
+        layer = re.search(r"layers\.(\d+)\.", name)[1]
+        for tensor in self._model.checkpoint.tensors:
+            found = re.match(rf"(.*\.layers\.{layer}\..*\.experts)\.0\.(w1|gate_proj)\.weight", tensor)
+            if found:
+                return found[1], ("w1", "w3", "w2") if found[2] == "w1" else (
+                    "gate_proj",
+                    "up_proj",
+                    "down_proj",
+                )
+        raise AssertionError(name)
+
+    def _add(self, name, weight, given, gates, gradient) -> None:
+        self.weights[name] = weight.detach()
+        self.inputs.setdefault(name, []).append(given)
+        self.gates.setdefault(name, []).append(torch.ones(len(given)) if gates is None else gates)
+        if gradient is not None:
+            self.gradients.setdefault(name, []).append(gradient)
+
+    def x(self, matrix):
+        return torch.cat(self.inputs[_module(matrix)]).double()
+
+    def g(self, matrix):
+        return torch.cat(self.gradients[_module(matrix)]).double()
+
+    def hessian(self, matrix):
+        x = self.x(matrix) * torch.cat(self.gates[_module(matrix)]).double()[:, None]
+        return x.T @ x
+
+
+def _module(matrix: Matrix) -> str:
+    return matrix.tensor.removesuffix(".weight")
+
+
+def delta_of(weight, scheme, hessian=None):
+    """D of rounding to nearest, or of GPTQ."""
+    if hessian is None:
+        codes = rtn.quantize(weight, scheme, scale_dtype="F32")
+    else:
+        codes = gptq.quantize(weight, hessian.float(), scheme, scale_dtype="F32")[0]
+    return torch.from_numpy(codes.values()).double() - weight.double()
+
+
+def projection(matrix):
+    return re.sub(r"experts\.\d+", "experts", matrix.tensor)
+
+
+# ---- relative errors of outputs ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "qwen"])
+def test_relative_errors_of_outputs(family, request, tmp_path):
+    model = request.getfixturevalue(family)
+    plain, found = Plain(model), model.measure("relative-output", tmp_path)
+    assert found.kind == "rel-output" and found.formats == NAMES
+    assert found.modules == tuple(matrix.label for matrix in model.matrices)
+    energies: dict[str, float] = {}
+    for matrix in model.matrices:
+        outputs = plain.x(matrix) @ plain.weights[_module(matrix)].double().T
+        gated = outputs * torch.cat(plain.gates[_module(matrix)]).double()[:, None]
+        energies[projection(matrix)] = energies.get(projection(matrix), 0.0) + float(gated.square().sum())
+    for row, matrix in enumerate(model.matrices):
+        weight, gates = plain.weights[_module(matrix)], torch.cat(plain.gates[_module(matrix)]).double()
+        assert found.tokens[row] == len(gates)
+        for place, scheme in enumerate(MENU):
+            change = plain.x(matrix) @ delta_of(weight, scheme).T * gates[:, None]
+            expected = float(change.square().sum()) / energies[projection(matrix)]
+            assert found.losses[row, place] == pytest.approx(expected, rel=2e-4), (matrix.label, scheme.name)
+
+
+def test_the_errors_are_those_of_gptq(llama, tmp_path):
+    plain, found = Plain(llama), llama.measure("rel-output", tmp_path, GPTQ)
+    nearest = llama.measure("rel-output", tmp_path)
+    for row, matrix in enumerate(llama.matrices):
+        weight, hessian = plain.weights[_module(matrix)], plain.hessian(matrix)
+        for place, scheme in enumerate(MENU):
+            delta = delta_of(weight, scheme, hessian)
+            expected = float(
+                ((delta @ hessian) * delta).sum() / ((weight.double() @ hessian) * weight.double()).sum()
+            )
+            # Sums in another order may move a weight that lies between two codes.
+            assert found.losses[row, place] == pytest.approx(expected, rel=0.03), (matrix.label, scheme.name)
+    assert found.losses.sum() < 0.8 * nearest.losses.sum()
+
+
+# ---- squared gradients -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "qwen"])
+def test_errors_weighted_by_gradients(family, request, tmp_path):
+    model = request.getfixturevalue(family)
+    plain, found = Plain(model, seed=3), model.measure("fisher", tmp_path, seed=3)
+    assert plain.tokens == sum(LENGTHS) - len(LENGTHS)
+    for row, matrix in enumerate(model.matrices):
+        weight = plain.weights[_module(matrix)]
+        for place, scheme in enumerate(MENU):
+            change = plain.x(matrix) @ delta_of(weight, scheme).T
+            expected = float((plain.g(matrix) * change).square().sum()) / (2 * plain.tokens)
+            assert found.losses[row, place] == pytest.approx(expected, rel=2e-3), (matrix.label, scheme.name)
+        assert found.tokens[row] == len(plain.x(matrix))
+
+
+def test_gradients_with_the_errors_of_gptq(mixtral, tmp_path):
+    """The Hessians come from a forward pass inside the way back; what is quantized is what the forward kind sees."""
+    seen: dict[str, dict] = {"rel-output": {}, "fisher": {}}
+    original = relative_output.Quantizer.deltas
+
+    def kept(table):
+        def deltas(self, weights, moments, shared):
+            for matrix, place, delta in original(self, weights, moments, shared):
+                table[matrix.label, place] = delta.clone()
+                yield matrix, place, delta
+
+        return deltas
+
+    for kind, table in seen.items():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(relative_output.Quantizer, "deltas", kept(table))
+            mixtral.measure(kind, tmp_path, GPTQ)
+    assert seen["fisher"].keys() == seen["rel-output"].keys() and len(seen["fisher"]) == 4 * len(
+        mixtral.matrices
+    )
+    for place, delta in seen["fisher"].items():
+        assert torch.allclose(delta, seen["rel-output"][place], atol=1e-5), place
+
+
+def test_other_labels_give_other_losses_of_the_same_size(llama, tmp_path):
+    first, second = (llama.measure("fisher", tmp_path, seed=seed).losses for seed in (0, 1))
+    assert not np.allclose(first, second, rtol=1e-3)
+    assert 0.5 < first.sum() / second.sum() < 2
+
+
+def test_gradients_in_sixteen_bits_are_scaled_and_come_out_the_same(llama, tmp_path):
+    wide = llama.measure("fisher", tmp_path)
+    half = llama.measure("fisher", tmp_path, settings=Settings(threads=1, dtype="bfloat16"))
+    assert np.median(np.abs(np.log(half.losses / wide.losses))) < 0.1
+
+
+# ---- divergences -------------------------------------------------------------------------------------
+
+
+def divergence(model, network, changes, search):
+    """KL(model || changed), a plain loop over samples."""
+    other = copy.deepcopy(network)
+    parameters = dict(other.named_parameters())
+    with torch.no_grad():
+        for matrix, weight in changes.items():
+            found = re.fullmatch(
+                r"(.*\.experts)\.(\d+)\.(w1|w2|w3|gate_proj|up_proj|down_proj)\.weight", matrix.tensor
+            )
+            if found is None:
+                parameters[matrix.tensor].copy_(weight)
+                continue
+            path = found[1].replace("block_sparse_moe", "mlp")
+            stack, half = parameters[f"{path}.gate_up_proj"], matrix.rows
+            if found[3] in ("w2", "down_proj"):
+                parameters[f"{path}.down_proj"][int(found[2])] = weight
+            else:
+                start = 0 if found[3] in ("w1", "gate_proj") else half
+                stack[int(found[2]), start : start + half] = weight
+        total, count = 0.0, 0
+        for ids in search:
+            p, q = (
+                torch.log_softmax(one(torch.from_numpy(ids)[None]).logits[0].double(), 1)
+                for one in (network, other)
+            )
+            total += float((p.exp() * (p - q)).sum())
+            count += len(ids)
+    return total / count
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_divergences_are_those_of_a_plain_loop(family, request, tmp_path):
+    model = request.getfixturevalue(family)
+    search, menu = texts((29, 17, 29), seed=5), MENU[:2]
+    groups = {m.label: f"{m.layer} {'qkv' if re.search('[qkv]_proj', m.label) else 'experts'}"
+              for m in model.matrices if re.search(r"\.([qkv]_proj|experts)\.", m.label)}  # fmt: skip
+    found = model.measure("kl", tmp_path, menu=menu, search=search, groups=groups)
+    network = model.stock()
+    rows = {label: row for row, label in enumerate(found.modules)}
+    members: dict[str, list[Matrix]] = {}
+    for matrix in model.matrices:
+        members.setdefault(groups.get(matrix.label, matrix.label), []).append(matrix)
+    assert len(members) < len(model.matrices)
+    weights = {name: torch.from_numpy(model.checkpoint.read(name, 0, info.elements).copy()).reshape(info.shape)
+               for name, info in model.checkpoint.tensors.items()}  # fmt: skip
+    for name, matrices in members.items():
+        for place, scheme in enumerate(menu):
+            changed = {
+                m: (weights[m.tensor].double() + delta_of(weights[m.tensor], scheme)).float()
+                for m in matrices
+            }
+            expected = divergence(model, network, changed, search)
+            own = sum(found.losses[rows[m.label], place] for m in matrices)
+            assert own == pytest.approx(expected, rel=1e-3, abs=1e-7), (name, scheme.name)
+    shares = found.losses[[rows[m.label] for m in members["0 qkv"]], 0] / [
+        m.elements for m in members["0 qkv"]
+    ]
+    assert np.ptp(shares) < 1e-9 * shares.max()
+
+
+def test_the_model_is_restored_after_every_group(llama, tmp_path):
+    """Measured alone, the last layer's matrices lose what they lose after all others."""
+    search = texts((20,), seed=5)
+    everything = llama.measure("kl", tmp_path, menu=MENU[:1], search=search)
+    alone = llama.measure("kl", tmp_path, menu=MENU[:1], search=search, layers=((), llama.layers[1][-1:]))
+    assert alone.losses[0, 0] == pytest.approx(everything.losses[-1, 0], rel=1e-6)
+
+
+def test_too_many_groups_are_refused_with_their_number(llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(kl, "MOST_GROUPS", 13)
+    with pytest.raises(UsageError, match=r"^14 groups .* 13 are the most") as caught:
+        llama.measure("kl", tmp_path, search=llama.samples)
+    assert caught.value.code == "E474"
+
+
+def test_a_model_that_does_not_fit_is_refused(llama, tmp_path):
+    with pytest.raises(EnvironmentFault, match="for the whole model") as caught:
+        llama.measure(
+            "kl", tmp_path, search=llama.samples, settings=Settings(threads=1, memory_limit=200_000)
+        )
+    assert caught.value.code == "E476"
+
+
+def test_no_text_is_refused(llama, tmp_path):
+    for kind, given in (("fisher", {"samples": ()}), ("rel-output", {"samples": ()}), ("kl", {})):
+        with pytest.raises(UsageError, match="text") as caught:
+            llama.measure(kind, tmp_path, **given)
+        assert caught.value.code == "E475"
+    with pytest.raises(UsageError, match="unknown sensitivity") as caught:
+        llama.measure("fischer", tmp_path)
+    assert caught.value.help and "fisher" in caught.value.help
+
+
+# ---- weights -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [RTN, GPTQ])
+def test_relative_errors_of_weights_need_no_text(options, mixtral, tmp_path):
+    found = mixtral.measure("weight", tmp_path, options, samples=())
+    for row, matrix in enumerate(mixtral.matrices):
+        shape = (matrix.rows, matrix.columns)
+        weight = torch.from_numpy(mixtral.checkpoint.read(matrix.tensor, 0, matrix.elements).copy()).reshape(
+            shape
+        )
+        for place, scheme in enumerate(MENU):
+            expected = matrix.elements * float(
+                delta_of(weight, scheme).square().sum() / weight.double().square().sum()
+            )
+            assert found.losses[row, place] == pytest.approx(expected, rel=1e-4)
+    assert found.estimated == ()
+
+
+# ---- what all kinds have in common -------------------------------------------------------------------
+
+
+def test_schemes_that_do_not_fit_are_left_open(qwen, tmp_path):
+    """Experts of 20 channels are no whole number of groups of 16; their 32 inputs are."""
+    found = qwen.measure("rel-output", tmp_path, GPTQ, menu=(Scheme("int", 4, 16), Scheme("float8", 8)))
+    for row, matrix in enumerate(qwen.matrices):
+        assert np.isnan(found.losses[row, 0]) == (matrix.columns % 16 != 0), matrix.label
+        assert found.losses[row, 1] > 0
+    assert np.isnan(found.losses[:, 0]).any() and not np.isnan(found.losses[:, 0]).all()
+
+
+@pytest.mark.parametrize("kind", ["weight", "rel-output", "fisher", "kl"])
+def test_more_bits_lose_less(kind, llama, tmp_path):
+    found = llama.measure(kind, tmp_path, search=texts((40, 40), seed=5)).losses
+    assert (np.diff(found.sum(axis=0)) < 0).all()
+    assert (np.diff(found, axis=1) > 0).mean() < 0.05
+    # An error a third as large costs a ninth.
+    assert 5 < found[:, 0].sum() / found[:, 2].sum() < 200
+
+
+@pytest.mark.parametrize("kind", ["fisher", "kl"])
+def test_a_planted_layer_is_found(kind, tmp_path):
+    """What the second layer's down projection adds outweighs everything: its errors cost most."""
+    folder = model_folder("llama", (("num_hidden_layers", 4),))
+    model = Model("llama", num_hidden_layers=4)
+    assert model.folder == folder
+    name = "model.layers.1.mlp.down_proj.weight"
+    planted = copy.copy(model)
+    planted.checkpoint = Scaled(model.checkpoint, name, 30.0)
+    search = texts((40, 40), seed=5)
+    before, after = (one.measure(kind, tmp_path, menu=MENU[:2], search=search) for one in (model, planted))
+    row = before.modules.index(name)
+    share_before, share_after = ((one.losses / one.losses.sum(axis=0))[row] for one in (before, after))
+    assert after.losses.argmax(axis=0).tolist() == [row, row]
+    assert before.losses.argmax(axis=0).tolist() != [row, row]
+    assert (share_after > 0.3).all() and (share_after > 3 * share_before).all()
+
+
+class Scaled:
+    """A checkpoint with one tensor multiplied."""
+
+    def __init__(self, checkpoint, name, factor) -> None:
+        self._checkpoint, self._name, self._factor = checkpoint, name, factor
+        self.identity = f"{name} times {factor}"
+
+    def __getattr__(self, name):
+        return getattr(self._checkpoint, name)
+
+    def read(self, name, start, stop):
+        values = self._checkpoint.read(name, start, stop)
+        return values * np.float32(self._factor) if name == self._name else values
+
+
+def test_experts_without_tokens_have_the_losses_of_others(tmp_path):
+    model = Model("qwen3_moe", num_hidden_layers=2)
+    model.samples = texts((5, 4))
+    for kind in ("rel-output", "fisher"):
+        found = model.measure(kind, tmp_path, GPTQ)
+        unseen = {label for label, tokens in zip(found.modules, found.tokens, strict=True) if tokens == 0}
+        if unseen:
+            break
+    assert set(found.estimated) == unseen
+    for row, matrix in enumerate(model.matrices):
+        if matrix.label in unseen:
+            like = [
+                r
+                for r, m in enumerate(model.matrices)
+                if projection(m) == projection(matrix) and found.tokens[r]
+            ]
+            assert found.losses[row] == pytest.approx(found.losses[like].mean(axis=0))
+
+
+# ---- files -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["weight", "rel-output", "fisher", "kl"])
+def test_a_table_is_measured_once(kind, llama, tmp_path, monkeypatch):
+    search = texts((20,), seed=5)
+    told = []
+    first = llama.measure(
+        kind, tmp_path, GPTQ, menu=MENU[:2], search=search, progress=lambda *what: told.append(what)
+    )
+    assert told and told[-1][1] == told[-1][2] and isinstance(told[0][0], str)
+    assert [path.name.split("-")[0] for path in tmp_path.iterdir()] == ["sensitivities"]
+
+    def again(*args):
+        raise AssertionError("it is measured already")
+
+    for module in (relative_output, fisher, kl):
+        monkeypatch.setattr(module, "measured", again)
+    monkeypatch.setattr("surgeon.quantize.measuring.weight.measured", again)
+    second = llama.measure(kind, tmp_path, GPTQ, menu=MENU[:2], search=search)
+    assert np.array_equal(first.losses, second.losses) and first.modules == second.modules
+    assert first.about["schemes"] == ["int2", "int3"]
+    changes = [{"menu": MENU[1:2]}, {"layers": llama.layers[:1]}]
+    if kind != "weight":
+        changes += [{"samples": llama.samples[:2]}, {"options": Options(method="gptq", damp=0.02)}]
+    for change in changes:
+        given = {"menu": MENU[:2], "search": search, "options": GPTQ, **change}
+        with pytest.raises(AssertionError, match="measured already"):
+            llama.measure(kind, tmp_path, given.pop("options"), **given)
+
+
+def test_a_damaged_table_is_measured_again(llama, tmp_path):
+    first = llama.measure("weight", tmp_path)
+    (path,) = tmp_path.iterdir()
+    path.write_text(path.read_text().replace("0.", "1.", 1))
+    assert np.array_equal(llama.measure("weight", tmp_path).losses, first.losses)
+
+
+@pytest.mark.parametrize("kind", ["rel-output", "fisher", "kl"])
+def test_an_interrupted_measurement_goes_on(kind, mixtral, tmp_path):
+    settings = Settings(threads=1, spill=tmp_path / "pass")
+    given = {"menu": MENU[:1], "search": texts((20,), seed=5), "settings": settings}
+    whole = mixtral.measure(kind, tmp_path / "whole", GPTQ, **{**given, "settings": SETTINGS})
+    stop = threading.Event()
+
+    def finished():
+        return list((tmp_path / "parts").glob("unfinished-*/layer-*.json"))
+
+    def progress(what, done, total):
+        if finished():
+            stop.set()
+
+    with pytest.raises(Interrupted):
+        mixtral.measure(kind, tmp_path / "parts", GPTQ, progress=progress, stop=stop, **given)
+    (held,) = finished()
+    before = held.stat().st_mtime_ns
+    touched = []
+    found = mixtral.measure(kind, tmp_path / "parts", GPTQ, progress=lambda *_: touched.append(
+        held.stat().st_mtime_ns if held.exists() else None), **given)  # fmt: skip
+    assert set(touched) == {before}
+    assert np.allclose(found.losses, whole.losses, rtol=1e-5) and not finished()
+
+
+def test_stopping_before_anything_is_done(llama, tmp_path):
+    stop = threading.Event()
+    stop.set()
+    for kind in ("weight", "rel-output", "fisher", "kl"):
+        with pytest.raises(Interrupted):
+            llama.measure(kind, tmp_path, search=llama.samples, stop=stop)
+
+
+def test_the_model_is_run_once(llama, tmp_path, monkeypatch):
+    runs = []
+    original = Walk.run
+    monkeypatch.setattr(
+        Walk, "run", lambda self, *args, **options: runs.append(1) or original(self, *args, **options)
+    )
+    llama.measure("rel-output", tmp_path, GPTQ)
+    llama.measure("rel-output", tmp_path, GPTQ)
+    assert runs == [1]
