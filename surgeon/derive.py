@@ -65,6 +65,7 @@ class Derived:
         tags: of the card, beside those of verb and method.
         packages: what stock transformers needs beside itself to load the model.
         parameters_in_all: of the model, where stored tensors do not say it.
+        vllm: whether vLLM loads the result, as far as is known.
     """
 
     view: Checkpoint
@@ -79,6 +80,7 @@ class Derived:
     tags: tuple[str, ...] = ()
     packages: tuple[str, ...] = ()
     parameters_in_all: int | None = None
+    vllm: bool = True
 
 
 def plan_of(
@@ -116,14 +118,18 @@ def plan_of(
         "verb": verb, "members": {name: dict(result.recipe) for name, result in results.items()},
     }  # fmt: skip
     recipe["models"] = {key: {"repo": source.repo, "commit": source.commit} for key in inputs}
-    decoded = permissions(source.checkpoint)
-    if decoded:
-        recipe["dequantize"] = {source.key: decoded}
+    recipe |= _permission(source)
     return Plan(
         verb=verb, inputs=inputs, items=tuple(items), models=models, recipe=recipe, seed=seed,
         notes=tuple(dict.fromkeys(notes)), warnings=tuple(dict.fromkeys(warnings)),
         max_shard_bytes=max_shard_bytes, allow_nonfinite=allow_nonfinite,
     )  # fmt: skip
+
+
+def _permission(source: Source) -> dict[str, Any]:
+    """Return what a recipe says of a source that is read dequantized."""
+    decoded = permissions(source.checkpoint)
+    return {"dequantize": {source.key: decoded}} if decoded else {}
 
 
 def _item(key: str, view: Checkpoint, tensor: str, model: str, code: str | None) -> WorkItem:
@@ -140,8 +146,9 @@ def _model(
     source: Source, name: str, result: Derived, outputs: list[OutputTensor], verb: str, seed: int, code: str | None
 ) -> OutputModel:  # fmt: skip
     config = dict(result.view.config or {}) if result.view.config is not None else None
+    recipe = {**result.recipe, **_permission(source)}
     if config is None:
-        return OutputModel(name, None, (), dict(result.recipe))
+        return OutputModel(name, None, (), recipe)
     config.pop("_name_or_path", None)
     if code:
         keys = [key for key in ("dtype", "torch_dtype") if key in config]
@@ -152,7 +159,7 @@ def _model(
     card = _card(source, name, result, outputs, verb, seed, config)
     files["README.md"] = card.encode()
     content = tuple(Companion(file, files[file]) for file in sorted(files))
-    return OutputModel(name, config, content, dict(result.recipe))
+    return OutputModel(name, config, content, recipe)
 
 
 def companions_of(folder: Path | None, key: str) -> dict[str, bytes]:
@@ -194,6 +201,7 @@ def _card(source: Source, name: str, result: Derived, outputs: list[OutputTensor
             relation=result.relation,
             tags=result.tags,
             packages=result.packages,
+            vllm=result.vllm,
             licence_files=tuple(c.name for c in licence_files([(source.key, checkpoint.folder)])) if checkpoint.folder else (),
             notices=result.notices,
             version=__version__,

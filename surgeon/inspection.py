@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from surgeon.checkpoint.dtypes import DTYPES
 from surgeon.checkpoint.header import TensorInfo
 from surgeon.checkpoint.strict_json import read_json_object
 from surgeon.errors import InputError, SurgeonError
+from surgeon.formats.account import Account, account_of
 from surgeon.kernels import cast
 
 MANIFEST = "surgeon.json"
@@ -138,7 +139,10 @@ class ExpertLayer:
 
 @dataclass
 class Summary:
-    """Everything headers and JSON files say about a checkpoint."""
+    """Everything headers and JSON files say about a checkpoint.
+
+    Parameters are those of the plain model where a quantized one can be read, else stored values.
+    """
 
     label: str
     kind: str
@@ -163,6 +167,12 @@ class Summary:
     missing: list[str] = field(default_factory=list)
     manifest: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
+    quantization: Account | None = None
+
+    def document(self) -> dict[str, Any]:
+        """Return it as plain data; of a quantized model what it holds, without its single matrices."""
+        found = asdict(replace(self, quantization=None))
+        return found | {"quantization": self.quantization.document() if self.quantization else None}
 
 
 def summarize(checkpoint: Checkpoint, path: Path) -> Summary:
@@ -212,6 +222,12 @@ def summarize(checkpoint: Checkpoint, path: Path) -> Summary:
         known_architecture=record is not None,
         notes=list(getattr(checkpoint, "notes", ())),
     )
+    if summary.quantized is not None:
+        try:
+            summary.quantization = account_of(checkpoint)
+            summary.parameters = summary.quantization.parameters
+        except InputError as error:
+            summary.notes.append(error.message)
     _companions(summary, path)
     if not _generates(config):
         summary.missing = [m for m in summary.missing if m not in {"generation_config.json", "chat template"}]

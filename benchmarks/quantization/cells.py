@@ -288,7 +288,11 @@ def _stored(form: forms.Form, name: str, weight: torch.Tensor, scheme: Scheme) -
     """Return what a matrix becomes, and the values it stands for."""
     if scheme.kind == "int":
         codes: Codes = rtn.quantize(weight.float(), scheme, scale_dtype=form.scale_dtype, clip=False)
-        parts, values = form.pack(name, codes), codes.values()
+        # auto-round decodes to float16, whatever the model's type
+        parts, values = (
+            form.pack(name, codes),
+            codes.values().astype(np.float16 if form.scale_dtype == "F16" else np.float32),
+        )
     else:
         parts, values = form.encode(name, weight.float().numpy(), scheme)
     laid_out = form.layout(name, tuple(weight.shape), scheme)

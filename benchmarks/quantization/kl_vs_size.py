@@ -4,7 +4,7 @@
     python benchmarks/quantization/environments.py PEERS
     python benchmarks/quantization/kl_vs_size.py MODEL --output OUT [--peers PEERS] [--only WORD ...] [--page-only]
 
-Every row is one command of its program on the same model and the same calibration text (128 samples of 256 tokens of the
+The model is first written in bfloat16. Every row is one command of its program on it and the same calibration text (128 samples of 256 tokens of the
 text it was trained on), written to a folder that stock transformers loads. From there it is treated alike: its divergence
 KL(source || it) in nats a token on held-out files, over whole blocks, and the bits of its linear matrices, counted from the
 header of its files (packed codes, scales, zero points, shapes). Intervals are 95 %, bootstrap over blocks; differences are
@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from environments import python_of
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -148,10 +149,10 @@ def cross_check(source: Path, folder: Path, held_out: np.ndarray) -> float:
     """Return the mean divergence as the program itself measures it: layer by layer, from the codes as it reads them."""
     from surgeon.calibrate.quality import compare
     from surgeon.calibrate.settings import Settings
-    from surgeon.checkpoint.folder import open_model
+    from surgeon.checkpoint.checkpoint import open_path
     from surgeon.formats.dequantized import runnable
 
-    first, second = open_model(source), runnable(open_model(folder))
+    first, second = open_path(source), runnable(open_path(folder))
     return compare(first, second, list(held_out), Settings(), decoder=True)["kl"]
 
 
@@ -164,6 +165,18 @@ def interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
 
 
 # -- how a folder comes about --------------------------------------------------------------------------------------
+
+
+def halved(model: Path, output: Path) -> Path:
+    """Write the model in bfloat16, as models are published, and return its folder: scales take the model's precision."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = output / "source"
+    if not (folder / "config.json").exists():
+        AutoTokenizer.from_pretrained(model).save_pretrained(folder)
+        AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).save_pretrained(folder)
+    return folder
 
 
 def calibration(model: Path, output: Path) -> Path:
@@ -220,8 +233,9 @@ def command(
             ]
         return [sys.executable, "-m", "surgeon", "quantize", str(model), "-o", str(out), "--group-size", str(GROUP), "--calibration", str(text),
                 "--samples", str(SAMPLES), "--sequence-length", str(LENGTH), "--threads", str(threads), "--json", *options]  # fmt: skip
-    assert peers is not None
-    python = sys.executable if row.program == "autoround" else str(peers / row.program / "bin" / "python")
+    python = (
+        sys.executable if peers is None or row.program == "autoround" else str(python_of(peers, row.program))
+    )
     return [python, str(HERE / f"peer_{row.program}.py"), str(model), str(text), str(out), *row.options, "--group", str(GROUP),
             "--samples", str(SAMPLES), "--length", str(LENGTH), "--threads", str(threads)]  # fmt: skip
 
@@ -267,7 +281,7 @@ def page(results: dict, conditions: dict) -> str:
         f"`python benchmarks/quantization/kl_vs_size.py MODEL --output OUT --peers PEERS`, {conditions['model']}; {conditions['machine']}.",
         f"KL(source || quantized) in thousandths of a nat a token, on {conditions['blocks']} held-out blocks of {conditions['context']} tokens; brackets: 95 %, bootstrap over blocks. "
         f"Calibration: {SAMPLES} samples of {LENGTH} tokens, the same for every program. Groups of {GROUP}, symmetric. Bits are those of the linear matrices, all "
-        "their stored tensors counted; embedding and norms stay float32.",
+        "their stored tensors counted; embedding and norms stay bfloat16.",
         f"Read by transformers {conditions['transformers']}. One of ours read both ways: {conditions['cross']}.", "",
         "## One width for all", "",
         "| bits asked | program | bits | KL | against surgeon's GPTQ |", "|---|---|--:|--:|---|",
@@ -343,23 +357,23 @@ def main() -> None:
     held_out = np.load(given.model / "tokens.npz")["held_out"]
     held_out = held_out[np.linspace(0, len(held_out) - 1, BLOCKS).astype(int)]
     text = calibration(given.model, given.output)
+    source = halved(given.model, given.output)
     for row in rows():
         if given.page_only or (given.only and not any(word in row.name for word in given.only)):
             continue
-        if (
-            row.program != "surgeon" and given.peers is None and row.program != "autoround"
-        ) or row.name in results:
-            if not (given.again and "error" in results.get(row.name, {})):
-                continue
+        if row.name in results and not (given.again and "error" in results[row.name]):
+            continue
+        if row.program == "llmcompressor" and given.peers is None:
+            continue
         if row.like and "folder" not in results.get(row.like, {}):
             continue
         out = given.output / row.name
         try:
-            line = command(row, given.model, text, out, given.peers, given.threads, results, given.output)
+            line = command(row, source, text, out, given.peers, given.threads, results, given.output)
             seconds, said = made(line, given.output / f"{row.name}.log", given.threads)
             folder = folder_of(out)
-            blocks = divergences(given.model, folder, held_out)
-            results[row.name] = {"folder": str(folder), "kl": float(blocks.mean()), "blocks": blocks.tolist(), "seconds": seconds, **sizes(folder, given.model)}  # fmt: skip
+            blocks = divergences(source, folder, held_out)
+            results[row.name] = {"folder": str(folder), "kl": float(blocks.mean()), "blocks": blocks.tolist(), "seconds": seconds, **sizes(folder, source)}  # fmt: skip
             if row.program == "surgeon":
                 results[row.name]["said"] = said
             print(
@@ -374,7 +388,7 @@ def main() -> None:
         return
     good = {name: one for name, one in results.items() if "kl" in one}
     name = next((name for name in ("mixed3.0-fisher-gptq", "uniform3-gptq") if name in good), None)
-    both = "none" if name is None else f"{name}, {1e3 * good[name]['kl']:.4f} by transformers, {1e3 * cross_check(given.model, Path(good[name]['folder']), held_out):.4f} layer by layer"  # fmt: skip
+    both = "none" if name is None else f"{name}, {1e3 * good[name]['kl']:.4f} by transformers, {1e3 * cross_check(source, Path(good[name]['folder']), held_out):.4f} layer by layer"  # fmt: skip
     recipe = json.loads((given.model / "training.json").read_text())
     conditions = {
         "machine": f"{platform.machine()}, {given.threads} thread(s), torch {torch.__version__}", "blocks": BLOCKS, "context": held_out.shape[1],

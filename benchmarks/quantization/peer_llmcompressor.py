@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    model = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(given.model, dtype="auto")
     tokenizer = AutoTokenizer.from_pretrained(given.model)
     texts = [json.loads(line)["text"] for line in given.calibration.read_text().splitlines()][: given.samples]
     rows = [

@@ -126,6 +126,9 @@ class _Pass(ForwardAndBack):
             raise EnvironmentFault("E504", f"the experts of layer {streamed} do not fit the memory limit together, which gradients "
                                    "at their outputs need", help="raise --memory-limit, or use --sensitivity rel-output")  # fmt: skip
 
+    def _wants(self, layer: int) -> bool:
+        return layer < len(self._matrices) and bool(self._matrices[layer]) and self._receiver.wants_layer(layer)
+
     def _first(self) -> int:
         return next(
             (n for n in range(self.layers) if n < len(self._matrices) and self._matrices[n]), self.layers - 1
@@ -134,7 +137,7 @@ class _Pass(ForwardAndBack):
     # ---- the head ------------------------------------------------------------------------------------
 
     def _head(self, boundary: Activations, fresh: Activations) -> None:
-        wanted = self._receiver.wants_layer(self.layers)
+        wanted = self._wants(self.layers)
         if wanted:
             observer = self._receiver.observer(self.layers)
             if observer is not None:
@@ -158,7 +161,7 @@ class _Pass(ForwardAndBack):
             chances = torch.from_numpy(uniform(key, 0, len(answer.targets))).to(normed.device)
             logs = _log_sums(head, answer.hidden)
             answer.targets = _drawn(head, answer.hidden, logs, chances)
-            if self._receiver.wants_layer(self.layers):
+            if self._wants(self.layers):
                 self._show_head(head, answer, logs)
         return answers
 
@@ -180,7 +183,7 @@ class _Pass(ForwardAndBack):
     def _back(
         self, layer: int, module: nn.Module, inputs: Activations, towards: Activations
     ) -> Iterator[tuple[int, Tensor]]:
-        wanted = layer < len(self._matrices) and self._receiver.wants_layer(layer)
+        wanted = self._wants(layer)
         taps = None
         if wanted:
             self._observe(layer, module, inputs)

@@ -194,11 +194,20 @@ class AdapterView:
 
     def computed(self, name: str) -> bool:
         """Say whether values are computed, so that a byte copy is impossible."""
-        return name in self._low or name in self._replaced
+        inner = getattr(self._base, "computed", lambda name: False)
+        return name in self._low or name in self._replaced or inner(name)
+
+    def memory(self, name: str) -> int:
+        """Return the bytes the base holds beside the blocks while a tensor is worked on."""
+        return getattr(self._base, "memory", lambda name: 0)(name)
+
+    def kept_bytes(self, name: str) -> int:
+        """Return the bytes that stay in memory after a tensor of the base was read."""
+        return getattr(self._base, "kept_bytes", lambda name: 0)(name)
 
     def granularity(self, name: str) -> int:
-        low = self._low.get(name)
-        return self.tensors[name].shape[-1] if low is not None else self._base.granularity(name)
+        inner, columns = self._base.granularity(name), self.tensors[name].shape[-1:]
+        return columns[0] if name in self._low and inner % columns[0] else inner
 
     def read_bytes(self, name: str, start: int, stop: int) -> np.ndarray:
         if self.computed(name):

@@ -111,7 +111,13 @@ def inspect(
             raise UsageError("E207", f"{found.summary.label} has no experts to look at", help="leave --calibration out")  # fmt: skip
         if not any((tensors, layers, experts, config)) or not quiet:
             summary(out, found.summary)
-        document: dict[str, Any] = {"model": dataclasses.asdict(found.summary)}
+        document: dict[str, Any] = {"model": found.summary.document()}
+        if found.summary.quantization is not None:
+            document["model"]["quantization"]["readers"] = [
+                dataclasses.asdict(one) for one in _readers(found)
+            ]
+            if not any((tensors, layers, experts, config)) or not quiet:
+                _quantization(out, found)
         if config:
             _config(out, found)
             document["config"] = found.config
@@ -182,7 +188,7 @@ def summary(out: Output, s: Any) -> None:
             f"  experts  {most if least == most else f'{least} to {most}'} in {s.experts['layers']} layers"
         )
     if s.quantized:
-        out.line(f"  quantized  {s.quantized}")
+        out.line(f"  quantized  {s.quantization.words if s.quantization else s.quantized}")
     if s.companions:
         shown = ", ".join(s.companions[:8]) + (
             f", and {len(s.companions) - 8} more" if len(s.companions) > 8 else ""
@@ -202,6 +208,44 @@ def summary(out: Output, s: Any) -> None:
         out.line("  hint: whatever needs config.json takes a model folder; merge has --config for bare files")
     for note in s.notes:
         out.note(note)
+
+
+def _readers(found: Any) -> list[Any]:
+    """Return which programs load a quantized folder, nothing where no config.json says what it is."""
+    from surgeon.deploy import runtimes
+
+    summary, config = found.summary, found.config
+    if config is None:
+        return []
+    plain = {
+        code: entry["parameters"] for code, entry in summary.dtypes.items() if code in ("BF16", "F16", "F32")
+    }
+    # Scales may be many and of another type; a norm or an embedding says what the model computes in.
+    named = next((found.tensors[n].dtype for n in found.tensors if n.endswith("norm.weight")), None)
+    dtype = named or max(sorted(plain), key=lambda code: plain[code], default="BF16")
+    return runtimes.readers(config, summary.quantization, dtype=dtype, tied=bool(summary.tied))
+
+
+def _quantization(out: Output, found: Any) -> None:
+    """Print how a quantized model is stored, how many bits its weights have, and who loads it."""
+    account = found.summary.quantization
+    out.line(
+        f"  bits     {account.bits:.3f} per weight of linear matrices, {account.file_bits:.3f} of the whole model   "
+        f"{number(account.quantized)} of {number(account.linear)} linear parameters are quantized"
+    )
+    rows = [
+        [row.words, "layers" if row.inside else "outside layers", f"{row.matrices:,}", number(row.parameters), size(row.bytes),
+         f"{row.bits:.3f}"]
+        for row in account.rows
+    ]  # fmt: skip
+    out.line()
+    out.table(["stored as", "where", "matrices", "parameters", "size", "bits per weight"], rows)
+    out.line()
+    for reader in _readers(found):
+        verdict = "loads it" if reader.loads else "does not load it"
+        out.line(f"  {reader.runtime:<12}  {verdict}{f': {reader.reason}' if reader.reason else ''}")
+    for warning in account.warnings:
+        out.warning(warning)
 
 
 def family(s: Any) -> str:

@@ -122,7 +122,7 @@ def stored_dtype(checkpoint: Checkpoint) -> str:
 
 
 def _gguf(
-    source: Source, request: ExportRequest, view: Checkpoint, where: Path, **options: Any
+    source: Source, request: ExportRequest, view: Checkpoint, where: Path, threads: int, **options: Any
 ) -> dict[str, Any]:
     from surgeon.deploy import gguf_choice, gguf_layout, gguf_rows
     from surgeon.deploy.export_gguf import check_place, model_name, write_gguf
@@ -131,7 +131,7 @@ def _gguf(
     types = gguf_choice.chosen(view, gguf_layout.plan(view), request.gguf_type, request.gguf_override)
     return write_gguf(
         source, view, where, dtype=request.dtype or stored_dtype(view), name=model_name(source, request.member),
-        recipe=request.recipe(), quantized=gguf_rows.rounded(view, types), check=request.check, **options,
+        recipe=request.recipe(), quantized=gguf_rows.rounded(view, types, threads), check=request.check, threads=threads, **options,
     )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ FORMATS = {
 """Form -> one line."""
 
 QUANTIZED = ("compressed-tensors", "bitsandbytes")
-"""Forms of quantized weights, which nothing here produces."""
+"""Forms of quantized weights, which ``surgeon quantize`` writes."""
 
 
 class ExportRequest(BaseModel):
@@ -48,8 +48,8 @@ class ExportRequest(BaseModel):
             return self._with_known_types()
         forms = "; ".join(f"{name}: {line}" for name, line in FORMATS.items())
         if self.to in QUANTIZED:
-            raise UsageError("E285", f"{self.to} holds quantized weights, and quantizing is not part of this version",
-                             help=f"forms are {forms}")  # fmt: skip
+            raise UsageError("E285", f"{self.to} holds weights quantized with or without data, which is more than another form",
+                             help=f"surgeon quantize MODEL --format {self.to}; forms of an export are {forms}")  # fmt: skip
         near = close_matches(self.to, FORMATS)
         raise UsageError("E285", f'there is no form "{printable(self.to)[:60]}" to export to',
                          help=(f"{near} " if near else "") + f"forms are {forms}")  # fmt: skip

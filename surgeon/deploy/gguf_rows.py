@@ -64,6 +64,7 @@ class RoundedRows:
     checkpoint: Checkpoint
     tensor: str
     kind: str
+    threads: int = 1
 
     @property
     def identity(self) -> str:
@@ -74,7 +75,7 @@ class RoundedRows:
         columns = info.shape[1]
         raw = self.checkpoint.read(self.tensor, start * columns, stop * columns)
         values = widen(raw, info.dtype).astype(np.float32, copy=False).reshape(-1, columns)
-        return gguf_blocks.quantize(values, self.kind, self.tensor)
+        return gguf_blocks.quantize(values, self.kind, self.tensor, self.threads)
 
 
 def stored(checkpoint: Checkpoint) -> dict[str, Rows]:
@@ -91,9 +92,9 @@ def stored(checkpoint: Checkpoint) -> dict[str, Rows]:
     return found
 
 
-def rounded(checkpoint: Checkpoint, types: Mapping[str, str]) -> dict[str, Rows]:
+def rounded(checkpoint: Checkpoint, types: Mapping[str, str], threads: int = 1) -> dict[str, Rows]:
     """Return matrices of a checkpoint as they are when rounded to a type each."""
-    return {name: RoundedRows(checkpoint, name, kind) for name, kind in types.items()}
+    return {name: RoundedRows(checkpoint, name, kind, threads) for name, kind in types.items()}
 
 
 class Dequantized:

@@ -2,12 +2,9 @@
 
     check(folder, dequantized(view), samples, settings)
 
-The reference is the model of the decoded numbers, run layer by layer in the type the reader chose, so that it needs neither
-disk nor the memory of the whole model. Logits of both are compared: the reader's with its matrices decoded, which shows
-whether it took what was stored for what was meant, and as its kernels run, which round in their own ways.
-
-auto-round keeps scales in the model's type: in one of bfloat16 they lose three bits when they are loaded. The reference
-does the same, or routers of experts near a tie would choose otherwise and look like a wrong file.
+The reference is the model of the decoded numbers, run layer by layer in float32, so that it needs neither disk nor the
+memory of the whole model. Logits of both are compared: the reader's with its matrices decoded, in float32, too, which shows
+whether it took what was stored for what was meant; and as its kernels run, which round in their own ways.
 """
 
 from __future__ import annotations
@@ -27,13 +24,10 @@ from surgeon.calibrate.conditions import threads
 from surgeon.calibrate.data import random_tokens
 from surgeon.calibrate.head import Head
 from surgeon.calibrate.quality import last_states
-from surgeon.calibrate.settings import DTYPES, Settings
-from surgeon.checkpoint.checkpoint import CONFIG_NAME, Checkpoint
+from surgeon.calibrate.settings import Settings
+from surgeon.checkpoint.checkpoint import Checkpoint
 from surgeon.checkpoint.header import printable
-from surgeon.checkpoint.strict_json import read_json_object
 from surgeon.errors import EnvironmentFault, InputError, Where
-from surgeon.formats.dequantized import DequantizedView, dequantized
-from surgeon.kernels.cast import narrow, round_to, widen
 from surgeon.traits import embedding_name
 from surgeon.verify import readers
 
@@ -60,16 +54,16 @@ def check(
         folder: the finished folder, before it is published.
         reference: what it stands for: `dequantized` of the folder, or of the view it was written from.
         samples: token ids; the first of them are used, random ones where there are none.
-        settings: device, threads and memory of the reference; its precision is the reader's.
+        settings: device, threads and memory of the reference.
         timeout: seconds the reader may take.
         memory_limit: bytes the reader may use.
         stop: set it to stop the reference.
 
     Returns:
-        {"reader", "versions", "dtype", "modules" (quantized in memory), "tokens", "relative difference" (of logits, by the
-        norm of the reference's, matrices decoded), "as run" (the same as kernels run), "top1" (equal first choices, as
-        run), "generated" (greedy tokens), "warnings"}; "rounding" where 16 bits had to explain a difference. Where the
-        reader cannot be asked, {"reader", "notice"}: why.
+        {"reader", "versions", "dtype" (of the loaded model), "modules" (quantized in memory), "tokens", "relative
+        difference" (of logits, by the norm of the reference's, matrices decoded), "as run" (the same as kernels run),
+        "top1" (equal first choices, as kernels run), "generated" (greedy tokens), "warnings"}. Where the reader cannot be
+        asked, or no reference made, a "notice" says why instead of these figures.
 
     Raises:
         InputError: E482 the reader computes something else; E483 it does not load the folder.
@@ -92,11 +86,9 @@ def check(
             "modules": found.checks["load"]["quantized"]["modules"],
             "generated": (found.checks.get("generate") or {}).get("tokens", 0), "warnings": list(found.warnings),
         }  # fmt: skip
-        method = readers.method_of(read_json_object(folder / CONFIG_NAME))
-        view = as_loaded(reference, method, found.dtype)
-        settings = replace(settings, dtype=found.dtype if found.dtype in DTYPES else "bfloat16")
+        settings = replace(settings, dtype=found.precision or "float32")
         try:
-            said |= _compared(folder, method, view, chosen, settings, outputs, stop)
+            said |= _compared(folder, reference, chosen, settings, outputs, stop)
         except InputError as error:
             if error.code not in _UNKNOWN:
                 raise
@@ -124,7 +116,7 @@ def _raise(folder: Path, found: readers.Reading) -> None:
 
 
 def _compared(
-    folder: Path, method: str | None, view: Checkpoint, samples: Sequence[np.ndarray], settings: Settings, outputs: Path,
+    folder: Path, view: Checkpoint, samples: Sequence[np.ndarray], settings: Settings, outputs: Path,
     stop: threading.Event | None,
 ) -> dict[str, Any]:  # fmt: skip
     """Return the figures of both outputs of the reader against the reference's.
@@ -141,11 +133,7 @@ def _compared(
         "as run": as_run,
         "top1": top1,
     }
-    rounding = 0.0
-    if readers.too_far(method, decoded, as_run, 0.0) and settings.dtype != "float32":
-        exact = (out.numpy() for out in _outputs(view, samples, replace(settings, dtype="float32"), stop))
-        rounding = figures["rounding"] = _apart(exact, wanted)[0]
-    reason = readers.too_far(method, decoded, as_run, rounding)
+    reason = readers.too_far(decoded, as_run, settings.dtype)
     if reason is not None:
         raise InputError("E482", f"stock transformers computes something else than the quantized model stands for: {reason}",
                          where=Where(printable(str(folder))),
@@ -181,28 +169,3 @@ def _apart(found: Iterator[np.ndarray], wanted: Sequence[Tensor]) -> tuple[float
         same += float((mine.argmax(-1) == reference.argmax(-1)).sum())
         count += len(mine)
     return (error / max(total, 1e-300)) ** 0.5, same / max(count, 1)
-
-
-def as_loaded(reference: Checkpoint, method: str | None, dtype: str | None) -> Checkpoint:
-    """Return the reference as a reader has it in memory: of auto-round in bfloat16, with its scales in that type."""
-    if method != "auto-round" or dtype != "bfloat16" or not isinstance(reference, DequantizedView):
-        return reference
-    return dequantized(_Scales16(reference.source))
-
-
-class _Scales16:
-    """A Checkpoint of an auto-round model whose float16 scales are rounded to bfloat16; all else is the source's."""
-
-    def __init__(self, source: Checkpoint) -> None:
-        self._source = source
-        self._rounded = {n for n, t in source.tensors.items() if n.endswith(".scales") and t.dtype == "F16"}
-        self.tensors = {
-            n: replace(t, dtype="BF16") if n in self._rounded else t for n, t in source.tensors.items()
-        }
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._source, name)
-
-    def read(self, name: str, start: int, stop: int) -> np.ndarray:
-        values = self._source.read(name, start, stop)
-        return narrow(round_to(widen(values, "F16"), "BF16"), "BF16") if name in self._rounded else values

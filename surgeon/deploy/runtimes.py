@@ -1,4 +1,4 @@
-"""Which programs load a model of given shapes, and why others do not.
+"""Which programs load a model of given shapes, stored plain or quantized, and why others do not.
 
 transformers and llama.cpp were run on every rule here; vLLM and TensorRT-LLM were read, not run.
 """
@@ -9,13 +9,19 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from surgeon.deploy import decilm, gguf_layout, per_layer
+from surgeon.deploy import decilm, gguf_layout, per_layer, quantized_runtimes
 from surgeon.errors import UsageError, close_matches
+from surgeon.formats.account import Account
+from surgeon.formats.dequantized import plain_config
 from surgeon.structure.config import DIVIDED_HIDDEN
 
 RUNTIMES = ("transformers", "vllm", "llama.cpp", "tensorrt-llm")
 _ENGINE_FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3"})
 """Decoders that vLLM and TensorRT-LLM have classes for, among those with structures to prune."""
+_QUANTIZED_MIXTURES = frozenset(
+    {"mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "olmoe", "gpt_oss"}
+)
+"""Mixtures of experts whose quantized folders vLLM has rules for."""
 
 
 @dataclass(frozen=True)
@@ -36,18 +42,50 @@ class Reader:
     reason: str
 
 
-def readers(config: Mapping[str, Any]) -> list[Reader]:
+def readers(
+    config: Mapping[str, Any], account: Account | None = None, *, dtype: str = "BF16", tied: bool = False
+) -> list[Reader]:
     """Return a verdict for every runtime on a configuration: stock, with ``block_configs``, or DeciLM.
+
+    Args:
+        config: config.json.
+        account: what a quantized folder holds (`surgeon.formats.account.account_of`); None of a plain one.
+        dtype: storage type of a quantized folder's plain tensors.
+        tied: whether its head is the embedding.
 
     Raises:
         InputError: E324 block_configs are malformed.
     """
+    if account is not None:
+        return [
+            _quantized(one, config, account, dtype, tied)
+            for one in readers(plain_config(config, "bfloat16") or {})
+        ]
     return [
         _transformers(config),
         _engine("vllm", config),
         _llama_cpp(config),
         _engine("tensorrt-llm", config),
     ]
+
+
+def _quantized(shapes: Reader, config: Mapping[str, Any], account: Account, dtype: str, tied: bool) -> Reader:
+    """Return the verdict on a quantized folder of shapes on which there is one already."""
+    found = quantized_runtimes.verdict(shapes.runtime, config, account, dtype=dtype, tied=tied)
+    known = shapes.runtime == "vllm" and per_layer.base_type(config) in _QUANTIZED_MIXTURES
+    if not found.loads:
+        unknown = shapes.runtime == "llama.cpp" and not shapes.loads  # no export would help
+        return Reader(shapes.runtime, False, "", shapes.reason if unknown else found.reason)
+    if not shapes.loads and not known:
+        return Reader(shapes.runtime, False, "", shapes.reason)
+    if shapes.form and shapes.form != "folder":
+        return Reader(
+            shapes.runtime,
+            False,
+            "",
+            f"these shapes need another form ({shapes.form}), which holds plain weights",
+        )
+    return Reader(shapes.runtime, True, "folder", found.reason)
 
 
 def require(config: Mapping[str, Any], runtime: str) -> Reader:

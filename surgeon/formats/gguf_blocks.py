@@ -11,7 +11,7 @@ Symmetric codes with a float16 scale are stored exactly. Asymmetric ones have a 
 m = -zero * scale rounded to float16: all values of a group move by at most (2**bits - 1) / 2**11 of a step, .0073 of one
 for Q4_1 and .015 for Q5_1, where rounding itself moves each by up to half a step.
 
-Types that ggml alone can make (Q4_K and others) are rounded by its own function, through the library in xllamacpp.
+Types that ggml alone can make (Q4_K and others) are rounded by its own function, in the library that xllamacpp brings.
 Layouts: ggml-common.h and ggml-quants.c of llama.cpp.
 """
 
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -223,12 +224,16 @@ def _float16(values: np.ndarray, name: str) -> np.ndarray:
 # ---- plain rounding, and back ------------------------------------------------------------------------
 
 
-def quantize(values: np.ndarray, kind: str, name: str = "the matrix") -> np.ndarray:
+def quantize(values: np.ndarray, kind: str, name: str = "the matrix", threads: int = 1) -> np.ndarray:
     """Return rows rounded to a type by ggml's own algorithm, without data: uint8 [rows, bytes of a row].
+
+    ggml does it where xllamacpp brings it; what it stores of the types above, the gguf package gives to the bit.
 
     Args:
         values: float32 [rows, columns].
         kind: one of `QUANTIZED`.
+        name: for messages.
+        threads: that round rows, where ggml does it.
 
     Raises:
         InputError: E466 rows are not made of whole blocks; E451 a NaN or an infinity.
@@ -241,8 +246,8 @@ def quantize(values: np.ndarray, kind: str, name: str = "the matrix") -> np.ndar
         raise InputError("E451", f"{printable(name)} holds a NaN or an infinity", where=Where(tensor=printable(name)),
                          help="the checkpoint is damaged: surgeon verify names every such tensor")  # fmt: skip
     values = np.ascontiguousarray(values, dtype=np.float32)
-    if TYPES[kind].library:
-        return _rounded_by_ggml(values, TYPES[kind])
+    if TYPES[kind].library or importlib.util.find_spec("xllamacpp") is not None:
+        return _rounded_by_ggml(values, TYPES[kind], threads)
     gguf = _gguf()
     return gguf.quants.quantize(values, gguf.GGMLQuantizationType[kind])
 
@@ -269,12 +274,19 @@ def _gguf() -> Any:
     return gguf
 
 
-def _rounded_by_ggml(values: np.ndarray, kind: BlockType) -> np.ndarray:
+def _rounded_by_ggml(values: np.ndarray, kind: BlockType, threads: int = 1) -> np.ndarray:
     rows, columns = values.shape
     blocks = np.empty((rows, columns // kind.values * kind.bytes), dtype=np.uint8)
-    written = _ggml().ggml_quantize_chunk(
-        kind.number, values.ctypes.data, blocks.ctypes.data, 0, rows, columns, None
-    )
+    call = _ggml().ggml_quantize_chunk
+
+    def work(first: int) -> int:
+        """Round some rows; Python runs on meanwhile."""
+        part, into = values[first : first + step], blocks[first : first + step]
+        return call(kind.number, part.ctypes.data, into.ctypes.data, 0, len(part), columns, None)
+
+    step = max(1, -(-rows // max(1, threads)))
+    with ThreadPoolExecutor(max(1, threads)) as pool:
+        written = sum(pool.map(work, range(0, rows, step)))
     if written != blocks.nbytes:
         raise AssertionError(f"ggml wrote {written} bytes of {blocks.nbytes}")
     return blocks

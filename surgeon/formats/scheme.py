@@ -29,10 +29,10 @@ class Scheme:
 
     @property
     def name(self) -> str:
-        """In a few letters: int4g128, int8, int4g32a, nf4."""
+        """In a few letters: int4g128, int8c (a scale a row, "channel"), int4g32a (asymmetric), nf4."""
         if self.kind != "int":
             return self.kind
-        group = "" if self.group <= 0 else f"g{self.group}"
+        group = "c" if self.group <= 0 else f"g{self.group}"
         return f"int{self.bits}{group}{'' if self.symmetric else 'a'}"
 
 

@@ -90,6 +90,7 @@ class CardData:
         verb: "merge", "prune", "edit", "quantize" or "export".
         remote_code: the folder needs the code files that lie in it.
         packages: what stock transformers needs beside itself.
+        vllm: vLLM loads it, too.
     """
 
     title: str
@@ -113,6 +114,7 @@ class CardData:
     verb: str = "merge"
     remote_code: bool = False
     packages: tuple[str, ...] = ()
+    vllm: bool = True
 
 
 def read_front_matter(text: str) -> dict[str, Any]:
@@ -353,7 +355,7 @@ def _snippets(data: CardData) -> str:
         f'model = {auto}.from_pretrained(path, dtype="auto"{argument})\n'
         "```"
     )
-    if data.remote_code or auto == "AutoModel":
+    if data.remote_code or auto == "AutoModel" or not data.vllm:
         return text
     return text + "\n\nWith vLLM:\n\n```sh\nvllm serve .\n```"
 

@@ -61,6 +61,7 @@ def scaled(
     folder: Path,
     *,
     scale_dtype: str,
+    clip: bool | None = None,
     progress: Progress | None = None,
     stop: threading.Event | None = None,
 ) -> tuple[ScaledView, dict[str, Any]]:
@@ -74,6 +75,8 @@ def scaled(
         settings: where and how the model runs; with a spill folder an interrupted pass goes on where it stopped.
         folder: scales by layer; a run with the same key takes them up.
         scale_dtype: storage code of the grids' scales, "F16", "BF16" or "F32".
+        clip: whether matrices are rounded with clipped ranges; None: up to 3 bits.
+        progress, stop: as `surgeon.calibrate.walk.Walk.run`.
 
     Returns:
         The view, and a record: "sites", a list of {site, kind, layer, exponent, error, scaled_error, matrices};
@@ -86,14 +89,8 @@ def scaled(
         Interrupted: E130.
     """
     plan, skipped = _planned(checkpoint, layers, schemes)
-    run = _Run(
-        checkpoint,
-        plan,
-        schemes,
-        folder,
-        scale_dtype,
-        _key(checkpoint, plan, schemes, samples, settings, scale_dtype),
-    )
+    grids = _Grids(schemes, scale_dtype, clip)
+    run = _Run(checkpoint, plan, grids, folder, _key(checkpoint, plan, grids, samples, settings))
     if not all(map(run.finished, range(len(plan)))):
         with Walk(checkpoint, samples, settings) as walk:
             walk.run(run, progress=progress, stop=stop, resume=True)
@@ -133,9 +130,18 @@ def _planned(
     return tuple(plan), left
 
 
+@dataclass(frozen=True)
+class _Grids:
+    """How matrices will be rounded."""
+
+    schemes: Mapping[str, Scheme | None]
+    scale_dtype: str
+    clip: bool | None
+
+
 def _key(
-    checkpoint: Checkpoint, plan: tuple[tuple[Site, ...], ...], schemes: Mapping[str, Scheme | None],
-    samples: Sequence[np.ndarray], settings: Settings, scale_dtype: str,
+    checkpoint: Checkpoint, plan: tuple[tuple[Site, ...], ...], grids: _Grids, samples: Sequence[np.ndarray],
+    settings: Settings,
 ) -> str:  # fmt: skip
     """Return a digest of everything the scales depend on."""
     text = hashlib.sha256()
@@ -145,8 +151,8 @@ def _key(
         "version": VERSION, "headers": [header.sha256 for header in checkpoint.headers],
         "stamps": [[h.stamp.size, h.stamp.mtime_ns] for h in checkpoint.headers],
         "view": getattr(checkpoint, "identity", ""), "config": checkpoint.config, "samples": text.hexdigest(),
-        "sites": [[site.name, [[m.label, repr(schemes[m.label])] for m in site.matrices]] for layer in plan for site in layer],
-        "scale_dtype": scale_dtype, "dtype": settings.dtype, "torch": torch.__version__,
+        "sites": [[site.name, [[m.label, repr(grids.schemes[m.label])] for m in site.matrices]] for layer in plan for site in layer],
+        "scale_dtype": grids.scale_dtype, "clip": grids.clip, "dtype": settings.dtype, "torch": torch.__version__,
     }  # fmt: skip
     return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -164,11 +170,9 @@ class _Run:
     """The observer of the pass: sums of the layer at hand, its scales when the layer is done."""
 
     def __init__(
-        self, checkpoint: Checkpoint, plan: tuple[tuple[Site, ...], ...], schemes: Mapping[str, Scheme | None],
-        folder: Path, scale_dtype: str, key: str,
+        self, checkpoint: Checkpoint, plan: tuple[tuple[Site, ...], ...], grids: _Grids, folder: Path, key: str
     ) -> None:  # fmt: skip
-        self._checkpoint, self._plan, self._schemes = checkpoint, plan, schemes
-        self._scale_dtype, self._key = scale_dtype, key
+        self._checkpoint, self._plan, self._grids, self._key = checkpoint, plan, grids, key
         self._folder = folder / f"awq-{key[:16]}"
         self._layers = {
             m.module: number for number, layer in enumerate(plan) for site in layer for m in site.matrices
@@ -261,7 +265,7 @@ class _Run:
         live = (magnitude > 0) & torch.from_numpy(scalable(self._checkpoint, site))
         parts = Counter(self._part(matrix) for matrix in read)
         rows = [self._reader(matrix, parts[self._part(matrix)]) for matrix in read]
-        found = search(rows, magnitude, live, self._scale_dtype)
+        found = search(rows, magnitude, live, self._grids.scale_dtype, self._grids.clip)
         del rows
         return self._accepted(site, read, found, record, ones)
 
@@ -281,14 +285,14 @@ class _Run:
 
     def _error(self, read: Sequence[Matrix], scales: np.ndarray) -> float:
         readers = (self._reader(matrix) for matrix in read)
-        return error(readers, torch.from_numpy(scales), self._scale_dtype)
+        return error(readers, torch.from_numpy(scales), self._grids.scale_dtype, clip=self._grids.clip)
 
     def _reader(self, matrix: Matrix, matrices: int | None = None) -> Reader:
         """Return a matrix with all rows, or with those that the search looks at among so many ``matrices``."""
         hessian = self._seen[matrix.module].moments.hessian
         weight = read_matrix(self._checkpoint, matrix)
         weight = (weight if matrices is None else sampled(weight, matrices)).to(hessian.device)
-        scheme = self._schemes[matrix.label]
+        scheme = self._grids.schemes[matrix.label]
         assert scheme is not None
         code = self._checkpoint.tensors[matrix.tensor].dtype
         return Reader(self._part(matrix), weight, hessian, scheme, code, matrix.label)

@@ -82,4 +82,3 @@ def _vector(checkpoint: Checkpoint, name: str) -> np.ndarray:
     """Return a vector, float64."""
     info = checkpoint.tensors[name]
     return widen(checkpoint.read(name, 0, info.elements), info.dtype).astype(np.float64)
-

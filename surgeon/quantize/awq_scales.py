@@ -6,7 +6,7 @@ and of these the one that minimises tr(D H D') with D = Q(W s) / s - W, the matr
 large get more of the grid's resolution. Lin et al. 2023 (AWQ, arXiv 2306.00978, section 3.2, equations 4 and 5). There
 the error is that of a block's output on stored activations; here it comes from second moments H, so nothing is kept
 but these. Where several matrices read one vector, the relative errors of their parts (queries, keys, gates ...) count
-alike, and experts within a part by their outputs.
+alike, and experts within a part by their outputs before the gates.
 
 Matrices are rounded as they will be, up to 3 bits with clipped ranges: under clipping other exponents are best. The
 search looks at a sample of rows, which are independent given H; what it finds is accepted only if the error of all rows
@@ -42,7 +42,7 @@ class Reader:
     Attributes:
         part: what it is; errors are relative within a part.
         weight: [rows, in], float32.
-        hessian: [in, in], sum of g^2 x x' over its tokens.
+        hessian: [in, in], sum of x x' over its tokens.
         scheme: of kind "int".
         code: storage code the scaled weights are rounded to before they are quantized.
         module: for messages.
@@ -80,18 +80,21 @@ def proposals(magnitude: Tensor, live: Tensor) -> Iterator[tuple[float, Tensor]]
         yield step / STEPS, scales.float()
 
 
-def search(readers: Sequence[Reader], magnitude: Tensor, live: Tensor, scale_dtype: str) -> Found:
+def search(
+    readers: Sequence[Reader], magnitude: Tensor, live: Tensor, scale_dtype: str, clip: bool | None = None
+) -> Found:
     """Return the scales that leave the smallest error.
 
     Args:
         readers: every quantized matrix that reads the vector.
         magnitude, live: see `proposals`.
         scale_dtype: storage code of the grids' scales.
+        clip: whether ranges are searched; None: up to 3 bits.
     """
     total = _totals(readers)
     best, smallest = None, math.inf
     for exponent, scales in proposals(magnitude, live):
-        found = error(readers, scales, scale_dtype, total=total)
+        found = error(readers, scales, scale_dtype, clip=clip, total=total)
         if best is None or found < smallest:  # a NaN is never smaller
             best, smallest = Found(exponent, scales), found
     assert best is not None
@@ -107,7 +110,7 @@ def error(
     Args:
         readers: the matrices; each is asked for once, so a generator keeps one at a time in memory.
         scales: float32 [in].
-        clip: None: as the method does, up to 3 bits.
+        clip: see `search`.
         total: tr(W H W') of each part, where it is known.
     """
     lost: dict[str, float] = {}

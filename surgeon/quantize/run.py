@@ -200,10 +200,12 @@ def _layers(session: Session, schemes: Schemes, working: Checkpoint | None = Non
     )  # fmt: skip
 
 
-def _view(session: Session, schemes: Schemes, finished: Finished) -> QuantizedView:
+def _view(
+    session: Session, schemes: Schemes, finished: Finished, working: Checkpoint | None = None
+) -> QuantizedView:
     code = session.dtype if session.request.dtype else None
     return QuantizedView(
-        session.checkpoint, finished.files, schemes, others(session, schemes), session.form, code
+        working or session.checkpoint, finished.files, schemes, others(session, schemes), session.form, code
     )
 
 
@@ -278,6 +280,7 @@ def _derived(
         notices=tuple(_notices(session)), command=command(session), relation="quantized",
         tags=(form.name, *(f"{width}-bit" for width in widths)),
         packages=() if form.package is None else (form.package,),
+        vllm=form.reader.runtime == "vllm",
         parameters_in_all=sum(info.elements for info in session.checkpoint.tensors.values()),
     )  # fmt: skip
 

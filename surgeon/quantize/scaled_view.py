@@ -11,7 +11,8 @@ import numpy as np
 
 from surgeon.checkpoint.checkpoint import Checkpoint
 from surgeon.checkpoint.dtypes import DTYPES
-from surgeon.checkpoint.header import TensorInfo
+from surgeon.checkpoint.header import TensorInfo, printable
+from surgeon.errors import InputError, Where
 from surgeon.kernels.cast import narrow, widen
 from surgeon.quantize.awq_sites import Span
 
@@ -106,7 +107,11 @@ class ScaledView:
         return self._model.read_bytes(name, start, stop)
 
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Return elements [start, stop) of the flattened tensor, in the type it is stored in."""
+        """Return elements [start, stop) of the flattened tensor, in the type it is stored in.
+
+        Raises:
+            InputError: E487 a value does not fit into float16.
+        """
         if name in self._vectors:
             return self._vectors[name][start:stop].copy()
         if name not in self._factors:
@@ -132,28 +137,34 @@ class ScaledView:
         numbers = np.arange(first, last)
         for factor in self._factors[name]:
             _multiply(rows, numbers, info.shape, factor)
-        return narrow(values[inside], info.dtype)
+        found = narrow(values[inside], info.dtype)
+        if info.dtype == "F16" and not bool(np.isfinite(found).all()):
+            raise InputError(
+                "E487", f"{printable(name)} is scaled beyond the range of float16", where=Where(tensor=printable(name)),
+                help="start from weights in bfloat16 or float32, or use a method that scales nothing",
+            )  # fmt: skip
+        return found
 
 
 def _multiply(rows: np.ndarray, numbers: np.ndarray, shape: tuple[int, ...], factor: Factor) -> None:
     """Multiply rows of a tensor, whose ``numbers`` count through all matrices of a stack, in place."""
     span = factor.span
-    stop = span.start + span.length
-    axis = len(shape) - 1 - span.axis
-    height = shape[-2] if len(shape) > 2 or axis else 1
-    # A stacked bias [experts, channels] has one row for each expert, a stacked matrix a block of rows.
-    matrices = numbers if len(shape) == 2 and axis == 0 else numbers // height
-    chosen = slice(None) if span.expert is None else matrices == span.expert
-    if axis == 0:
+    inside = slice(span.start, span.start + span.length)
+    if span.axis == len(shape) - 1:
         if span.expert is None:
-            rows[:, span.start : stop] *= factor.values
-        else:
-            rows[np.flatnonzero(chosen)[:, None], np.arange(span.start, stop)] *= factor.values
+            rows[:, inside] *= factor.values
+            return
+        # A stacked bias [experts, channels] has one row for each expert, a stacked matrix a block of rows.
+        height = shape[1] if len(shape) == 3 else 1
+        mine = np.flatnonzero(numbers // height == span.expert)
+        if len(mine):
+            rows[mine[0] : mine[-1] + 1, inside] *= factor.values  # an expert's rows lie together
         return
+    height = shape[span.axis]
     within = numbers % height
-    touched = (within >= span.start) & (within < stop)
+    touched = (within >= inside.start) & (within < inside.stop)
     if span.expert is not None:
-        touched &= chosen
+        touched &= numbers // height == span.expert
     rows[touched] *= factor.values[within[touched] - span.start, None]
 
 

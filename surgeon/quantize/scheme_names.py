@@ -27,7 +27,7 @@ BLOCKS = {
 """Types of llama.cpp that hold whole numbers."""
 
 _WIDTH = re.compile(r"w(\d)a16(_asym)?(?:[-_]?g(\d+))?")
-_SHORT = re.compile(r"int(\d)(?:g(\d+))?(a)?")
+_SHORT = re.compile(r"int(\d)(?:g(\d+)|(c))?(a)?")
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ def parse(text: str, form: str, *, group_size: int | None, symmetric: bool) -> W
         size = int(found[3]) if found[3] else group_size
         return _integers(int(found[1]), size, symmetric and not found[2], text)
     if found := _SHORT.fullmatch(name):
-        size = int(found[2]) if found[2] else group_size
-        return _integers(int(found[1]), size, symmetric and not found[3], text)
+        size = int(found[2]) if found[2] else -1 if found[3] else group_size
+        return _integers(int(found[1]), size, symmetric and not found[4], text)
     if name == "w8a8":
         raise UsageError("E231", "W8A8 quantizes activations to whole numbers, which is not offered",
                          help="FP8 quantizes weights and activations to eight-bit floats; W8A16 the weights alone")  # fmt: skip
@@ -101,4 +101,4 @@ def by_name(name: str) -> Scheme:
     found = _SHORT.fullmatch(name)
     if found is None:
         raise UsageError("E231", f'"{name[:40]}" is no scheme of a plan', help="such as int4g128")
-    return Scheme("int", int(found[1]), int(found[2]) if found[2] else -1, not found[3])
+    return Scheme("int", int(found[1]), int(found[2]) if found[2] else -1, not found[4])

@@ -48,6 +48,7 @@ class Session:
         say: one sentence for the user.
         stop: set to end early.
         warnings: sentences for the user.
+        said: what was told already and need not be told again.
     """
 
     source: Source
@@ -57,6 +58,7 @@ class Session:
     say: Say
     stop: threading.Event | None = None
     warnings: list[str] = field(default_factory=list)
+    said: set[str] = field(default_factory=set)
 
     # ---- the model ---------------------------------------------------------------------------------
 

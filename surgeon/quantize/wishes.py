@@ -125,9 +125,10 @@ def _say_groups(session: Session, found: Schemes, wanted: Mapping[str, Wanted]) 
             size = "whole rows" if scheme.group < 0 else f"groups of {scheme.group}"
             other[size] = other.get(size, 0) + 1
     for size, count in sorted(other.items()):
-        session.say(
-            f"{size} for {count:,} matrices: groups of 128 do not divide their inputs, or those of matrices they are tied to"
-        )
+        sentence = f"{size} for {count:,} matrices: groups of 128 do not divide their inputs, or those of matrices they are tied to"
+        if sentence not in session.said:
+            session.said.add(sentence)
+            session.say(sentence)
 
 
 def menu(session: Session, widths: Sequence[int]) -> list[Scheme | None]:

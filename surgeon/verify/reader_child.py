@@ -60,7 +60,6 @@ class Child:
         }
         self.theirs: Any = None
         self.their_rows = 0
-        self.rounding = 0.0
 
     def save(self) -> None:
         temporary = f"{self.request['answer']}.part"
@@ -93,7 +92,7 @@ class Child:
             self.answer["versions"][package] = importlib.metadata.version(package)
         try:
             compared = self.request.get("quantized") and self.request["against"]
-            if not compared or self.ask_other(getattr(torch, self.request["quantized"]["dtype"])):
+            if not compared or self.ask_other():
                 model = self.load(self.request["path"])
                 if model is not None:
                     self.use(model)
@@ -106,7 +105,7 @@ class Child:
         self.answer["stage"] = "done"
         self.save()
 
-    def load(self, path: str, quiet: bool = False, dtype: Any = "auto") -> Any:
+    def load(self, path: str, quiet: bool = False) -> Any:
         """Load a model; None when a failure was recorded."""
         import transformers
 
@@ -128,7 +127,7 @@ class Child:
         self.stage(f"loading the weights with {kind.__name__}")
         try:
             model, info = kind.from_pretrained(
-                path, config=config, dtype=dtype, output_loading_info=True, trust_remote_code=False,
+                path, config=config, dtype="auto", output_loading_info=True, trust_remote_code=False,
                 local_files_only=True,
             )  # fmt: skip
         except MemoryError:
@@ -168,7 +167,10 @@ class Child:
         count, least = sum(found.values()), self.request["quantized"]["least"]
         self.answer["checks"]["load"]["quantized"] = {"modules": count, "classes": found, "expected": least}
         if count < least:
-            self.fail("load", f"{count:,} modules are quantized in memory, the files hold {least:,} quantized matrices")
+            self.fail(
+                "load",
+                f"{count:,} modules are quantized in memory, the files hold {least:,} quantized matrices",
+            )
 
     def counted(self, model: Any, config: Any) -> None:
         """Compare the parameter count and types with what the files hold."""
@@ -222,27 +224,34 @@ class Child:
             self.against(model)
 
     def use_quantized(self, model: Any) -> None:
-        """Use a quantized model in its own type; what decodes it comes first, see `quantized_child.decoded`."""
-        for number, ids in enumerate(self.request.get("samples") or ()):
-            self.stage(f"running sample {number + 1}")
-            with beside().decoded(model):
-                self.keep(model, ids, f"decoded-{number}.npy")
+        """Compare and use a quantized model; its matrices decoded come first, see `quantized_child.decoded`."""
+        samples, ids = self.request.get("samples") or (), None
         mine = None
-        if self.request["against"]:
-            self.stage("running the model")
-            ids = fixed_ids(model, 2, 32, self.request["vocabulary"])
-            with beside().decoded(model):
-                mine = first_output(model, ids)
-        for number, ids in enumerate(self.request.get("samples") or ()):
+        if samples or self.request["against"]:
+            with beside().decoded(model) as precision:
+                self.answer["precision"] = precision
+                for number, sample in enumerate(samples):
+                    self.stage(f"running sample {number + 1}")
+                    self.keep(model, sample, f"decoded-{number}.npy")
+                if self.request["against"]:
+                    self.stage("running the model")
+                    ids = fixed_ids(model, 2, 32, self.request["vocabulary"])
+                    mine = first_output(model, ids)
+        for number, sample in enumerate(samples):
             self.stage(f"running sample {number + 1} as it is")
-            self.keep(model, ids, f"as-run-{number}.npy")
+            self.keep(model, sample, f"as-run-{number}.npy")
+        if mine is not None:
+            self.stage("running the model as it is")
+            as_run = first_output(model, ids)
+            if self.compare(mine, self.theirs, self.their_rows == embedding_rows(model)):
+                width = min(mine.shape[-1], self.theirs.shape[-1])
+                apart = distance(as_run[..., :width], self.theirs[..., :width])
+                self.answer["checks"]["against"] |= {"as_run": apart, "precision": self.answer["precision"]}
         if self.request["generate"]:
             if type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")):
                 self.generate(model, TIE_16)
             else:
                 self.forward(model)
-        if mine is not None:
-            self.against_quantized(model, mine)
 
     def keep(self, model: Any, ids: list[int], name: str) -> None:
         """Write the logits (or last hidden states) of one sample, float32 [tokens, n]."""
@@ -252,43 +261,25 @@ class Child:
         output = first_output(model, torch.tensor([ids]))[0].float().numpy()
         np.save(os.path.join(self.request["outputs"], name), output)
 
-    def ask_other(self, dtype: Any) -> bool:
-        """Run the model that a quantized one is compared with, before that is loaded: auto-round changes how its process
-        loads mixtures of experts. False when a failure was recorded.
-
-        Where it holds plain numbers it runs in the type of the quantized one, and once more in float32: how far 16 bits take
-        it is what rounding alone explains, routers of experts that choose otherwise included.
-        """
+    def ask_other(self) -> bool:
+        """Run the model that a quantized one is compared with, in float32 where it holds plain numbers, before that is
+        loaded: auto-round changes how its process loads mixtures of experts. False when a failure was recorded."""
         import torch
 
-        other = self.load_other(dtype)
+        other = self.load_other()
         if other is None:
             return False
-        ids = fixed_ids(other, 2, 32, self.request["vocabulary"])
+        if not getattr(other, "is_quantized", False):
+            other = other.float()
+        self.stage("running the other model")
         with torch.no_grad():
-            self.stage("running the other model")
-            self.theirs = first_output(other, ids)
-            self.their_rows = embedding_rows(other)
-            if not getattr(other, "is_quantized", False):
-                del other
-                self.stage("running the other model in float32")
-                exact = self.load_other(torch.float32)
-                self.rounding = distance(self.theirs, first_output(exact, ids))
+            self.theirs = first_output(other, fixed_ids(other, 2, 32, self.request["vocabulary"]))
+        self.their_rows = embedding_rows(other)
         return True
 
-    def against_quantized(self, model: Any, mine: Any) -> None:
-        """Compare a quantized model with the other one, with its matrices decoded and as its kernels run."""
-        self.stage("running the model as it is")
-        as_run = first_output(model, fixed_ids(model, 2, 32, self.request["vocabulary"]))
-        if self.compare(mine, self.theirs, self.their_rows == embedding_rows(model)):
-            width = min(mine.shape[-1], self.theirs.shape[-1])
-            self.answer["checks"]["against"] |= {
-                "as_run": distance(as_run[..., :width], self.theirs[..., :width]), "rounding": self.rounding,
-            }  # fmt: skip
-
-    def load_other(self, dtype: Any = "auto") -> Any:
+    def load_other(self) -> Any:
         """Load the model that is compared with; None when a failure was recorded."""
-        other = self.load(self.request["against"], quiet=True, dtype=dtype)
+        other = self.load(self.request["against"], quiet=True)
         if other is None:
             for failure in self.answer["failures"]:
                 failure["message"] = failure["message"].replace("the model", "the other model")

@@ -44,18 +44,19 @@ TIMEOUT = 600.0
 OVERHEAD = 1 << 30
 """Memory a reader needs beside the weights: its code, activations of short inputs, one shard."""
 
-PACKAGES = {"compressed-tensors": "compressed-tensors", "auto-round": "auto-round", "bitsandbytes": "bitsandbytes"}
+PACKAGES = {
+    "compressed-tensors": "compressed-tensors",
+    "auto-round": "auto-round",
+    "bitsandbytes": "bitsandbytes",
+}
 """quant_method of config.json -> what transformers needs beside itself, by its name on the package index."""
 
-TOLERANCE = {"compressed-tensors": 0.01, "auto-round": 0.02, "bitsandbytes": 0.01}
-"""quant_method -> largest relative difference of logits from those of the decoded numbers, where rounding explains no more.
-
-compressed-tensors and bitsandbytes are compared with their matrices decoded: then only the order of sums differs.
-auto-round turns its scales to bfloat16 in a model of that type, which the decoded numbers do not know of."""
-ROUNDINGS = 2.0
-"""A difference is explained by rounding up to this many times what 16 bits take the same model from float32."""
+EXACT, ROUNDED = 1e-3, 0.1
+"""Largest relative difference of outputs from those of the decoded numbers: in float32, where only the order of sums
+differs; and where 16 bits are in between: kernels of auto-round that decode nothing, or a dense copy in another type."""
 AS_RUN = 0.5
-"""Largest relative difference of a model as its kernels run: eight-bit activations take small models up to a tenth away."""
+"""The same of a model as its kernels run: eight-bit activations take small models up to a tenth away, routers that choose
+otherwise further."""
 
 _CODES = {"load": "E360", "generate": "E361", "tokenizer": "E362", "chat template": "E362", "against": "E363"}
 _BUFFERS = (".inv_freq", ".masked_bias", ".position_ids", ".attn.bias", ".attention.bias")
@@ -71,6 +72,7 @@ class Reading:
         warnings: what is odd and not wrong.
         versions: of the reader's packages.
         dtype: type the model was loaded in.
+        precision: a quantized model with its matrices decoded was run in.
     """
 
     checks: dict[str, Any] = field(default_factory=dict)
@@ -78,6 +80,7 @@ class Reading:
     warnings: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     dtype: str | None = None
+    precision: str | None = None
 
 
 @dataclass(frozen=True)
@@ -177,30 +180,30 @@ def _judge(found: Reading, path: Path, against: Path) -> None:
     ours, theirs = open_path(path, str(path)), open_path(against, str(against))
     try:
         figures["own"] = holds_the_same(ours, theirs)
-        method = method_of(ours.config)
+        same_types = {t.dtype for t in theirs.tensors.values()} >= _decoded_types(ours)
     finally:
         ours.close()
         theirs.close()
     if not figures["own"]:
         return
-    reason = too_far(method, figures["relative"], figures["as_run"], figures.get("rounding", 0.0))
+    precision = figures["precision"] if same_types else "another"
+    reason = too_far(figures["relative"], figures["as_run"], precision)
     if reason is not None:
         found.errors.append(InputError("E363", f"the model does not compute what its quantized matrices stand for: {reason}",
                                        where=Where(str(path)), help="its reader takes them for other numbers; do not use it there"))  # fmt: skip
 
 
-def too_far(method: str | None, relative: float, as_run: float, rounding: float) -> str | None:
+def too_far(relative: float, as_run: float, precision: str) -> str | None:
     """Return why a quantized model's outputs are not those of the numbers it stands for, None when they are.
 
     Args:
-        method: quant_method.
         relative: difference of outputs, matrices decoded, by the norm of the reference.
         as_run: the same as its kernels run.
-        rounding: how far the reference's own 16 bits take it from float32; 0 where that was not needed.
+        precision: the first was computed in, and the reference with the same matrices.
     """
-    allowed = max(TOLERANCE.get(method or "", 0.02), ROUNDINGS * rounding)
+    allowed = EXACT if precision == "float32" else ROUNDED
     if not relative <= allowed:
-        return f"the outputs differ by {relative:.3g} (relative), at most {allowed:.2g} was expected"
+        return f"the outputs differ by {relative:.3g} (relative), at most {allowed:g} was expected"
     if not as_run <= AS_RUN:
         return f"as its kernels run, the outputs differ by {as_run:.3g} (relative), at most {AS_RUN:g} was expected"
     return None
@@ -217,6 +220,12 @@ def holds_the_same(stored: Checkpoint, plain: Checkpoint) -> bool:
     if any(view.tensors[name].shape != plain.tensors[name].shape for name in names):
         return False
     return all(_equal(view, plain, name) for name in sorted(names))
+
+
+def _decoded_types(stored: Checkpoint) -> set[str]:
+    """Return the types matrices of a quantized model are decoded to."""
+    view = _decoded(stored)
+    return set() if view is None else {t.dtype for n, t in view.tensors.items() if view.computed(n)}
 
 
 def _equal(view: DequantizedView, plain: Checkpoint, name: str) -> bool:
@@ -265,7 +274,9 @@ def _request(path: Path, generate: bool, against: Path | None, budget: int) -> d
 def _describe(checkpoint: StoredCheckpoint) -> dict[str, Any]:
     """Return what the loaded model is compared with: parameters, declared type."""
     config = checkpoint.config or {}
-    declared = _declared(config)
+    section = traits.text_section(config)
+    declared = next((s[k] for s in (config, section) for k in ("dtype", "torch_dtype") if isinstance(s.get(k), str)), None)  # fmt: skip
+    declared = declared.removeprefix("torch.") if declared else None
     packed = traits.quantized(checkpoint) is not None
     head, embedding = traits.head_name(checkpoint.tensors), traits.embedding_name(checkpoint.tensors)
     skipped = {n for n in checkpoint.tensors if n.endswith(_BUFFERS)}
@@ -293,18 +304,7 @@ def _quantized(checkpoint: StoredCheckpoint) -> dict[str, Any]:
     if view is not None:
         decoded = [name for name in view.tensors if view.computed(name)]
         least = sum(method != "compressed-tensors" or traits.part_of(name) != "expert" for name in decoded)
-    declared = _declared(checkpoint.config or {})
-    # auto-round turns a model of another type into float16 by itself
-    wide = method == "auto-round" and declared not in ("float16", "bfloat16")
-    dtype = "float16" if wide else declared if declared in CODES else "float32"
-    return {"method": method, "least": least, "package": PACKAGES.get(method or ""), "dtype": dtype}
-
-
-def _declared(config: Mapping[str, Any]) -> str | None:
-    """Return the type that config.json declares."""
-    sections = (config, traits.text_section(config))
-    declared = next((s[k] for s in sections for k in ("dtype", "torch_dtype") if isinstance(s.get(k), str)), None)
-    return declared.removeprefix("torch.") if declared else None
+    return {"method": method, "least": least, "package": PACKAGES.get(method or "")}
 
 
 def _decoded(checkpoint: Checkpoint) -> DequantizedView | None:
@@ -324,9 +324,15 @@ def _rows(checkpoint: StoredCheckpoint) -> int:
 
 def _needed(checkpoint: StoredCheckpoint, *, wide: bool) -> int:
     stored = sum(t.nbytes for t in checkpoint.tensors.values())
-    if (view := _decoded(checkpoint)) is not None:  # never widened; compressed-tensors unpacks everything in the first pass
+    if (view := _decoded(checkpoint)) is not None:
+        # compressed-tensors unpacks everything in the first pass; what is compared is widened, packed matrices alone are not
         unpacked = method_of(checkpoint.config) == "compressed-tensors"
-        return OVERHEAD + stored + (sum(t.nbytes for t in view.tensors.values()) if unpacked else 0)
+        each = 4 if wide else 2
+        return (
+            OVERHEAD
+            + stored
+            + sum(each * t.elements for n, t in view.tensors.items() if unpacked or not view.computed(n))
+        )
     return OVERHEAD + (
         max(stored, sum(4 * t.elements for t in checkpoint.tensors.values())) if wide else stored
     )
@@ -392,7 +398,7 @@ def _reading(path: Path, answer: dict[str, Any], code: int) -> Reading:
         InputError(_CODES.get(f["check"], "E364"), f["message"], where=Where(str(path)))
         for f in answer["failures"]
     ]
-    return Reading(answer["checks"], errors, answer["warnings"], answer.get("versions", {}), answer.get("dtype"))
+    return Reading(answer["checks"], errors, answer["warnings"], answer.get("versions", {}), answer.get("dtype"), answer.get("precision"))  # fmt: skip
 
 
 def _signal_name(number: int) -> str:

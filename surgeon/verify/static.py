@@ -24,11 +24,13 @@ from surgeon.checkpoint.dtypes import DTYPES
 from surgeon.checkpoint.header import open_regular, printable
 from surgeon.checkpoint.strict_json import read_bytes, read_json_object
 from surgeon.errors import InputError, SurgeonError, Where, raise_all
+from surgeon.formats.dequantized import scheme_of
 from surgeon.kernels import cast
 from surgeon.output.layout import Layout
 from surgeon.output.manifest import CHECKSUMS, MANIFEST, seal_holds
 from surgeon.output.staging import replaced
 from surgeon.plan import BLOCK_ELEMENTS, OutputModel
+from surgeon.verify import quantized
 
 
 @dataclass
@@ -89,10 +91,24 @@ def verify_model(
 def _config_findings(
     checkpoint: StoredCheckpoint, report: Report, planned: bool = False
 ) -> list[SurgeonError]:
-    """Compare config.json with the tensors; tensors that a plan carries along on purpose are no surprise."""
+    """Compare config.json with the tensors; tensors that a plan carries along on purpose are no surprise.
+
+    Of a quantized model, what config.json says of its modules first, then the plain model it stands for.
+    """
     errors: list[SurgeonError] = []
-    shapes = {n: (t.dtype, t.shape) for n, t in checkpoint.tensors.items()}
-    for finding in conformance.check(checkpoint.config or {}, shapes):
+    config, tensors = checkpoint.config or {}, checkpoint.tensors
+    if scheme_of(config):
+        found = quantized.check(checkpoint)
+        report.notes.extend(found.notes)
+        if found.errors:
+            return found.errors
+        if found.plain is not None:
+            config, tensors = found.plain.config or {}, found.plain.tensors
+            report.parameters = sum(t.elements for t in tensors.values())
+            if found.modules:
+                report.checks.append("quantization")
+    shapes = {n: (t.dtype, t.shape) for n, t in tensors.items()}
+    for finding in conformance.check(config, shapes):
         if planned and finding.kind == "unexpected-tensor":
             report.warnings.append(finding.message)
             continue

@@ -144,9 +144,9 @@ def integer_folders(folder: Path, kind: str, group: int = 8) -> tuple[Path, Path
             }
             packed[f"{name}_zero_point"] = packed_rows(zeros.T).T
     weights = {"num_bits": 4, "type": "int", "symmetric": False, "strategy": "group", "group_size": group}
-    scheme = {"quant_method": "gptq", "bits": 4, "group_size": group, "sym": False} if kind == "gptq" else {
+    scheme = {"quant_method": "gptq", "bits": 4, "group_size": group, "sym": False, "dynamic": {r"-:.*self_attn": {}}} if kind == "gptq" else {
         "quant_method": "compressed-tensors", "format": "pack-quantized",
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}, "ignore": ["lm_head"],
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}, "ignore": ["lm_head", "re:.*self_attn.*", "re:.*mlp.gate$"],
     }  # fmt: skip
     return _both(folder, source, packed, plain, scheme)
 

@@ -345,7 +345,7 @@ VALUES = drawn_bytes(32, 32, top=120).view(torch.float8_e4m3fn)
         ({"a.weight": drawn_bytes(512, 1), "a.weight.absmax": torch.rand(16)}, {"quant_method": "hqq"}, "E445", "hqq"),
         ({"a.weight": drawn_bytes(512, 1), "a.weight.absmax": torch.rand(16)}, None, "E445", "no tensor is stored"),
         ({"a.weight": torch.rand(4, 4)}, {"quant_method": "fp8"}, "E445", "no tensor is stored"),
-        ({"a.weight": VALUES, "a.weight_scale": torch.rand(1), "b.weight_packed": drawn_bytes(4, 4)}, {"quant_method": "compressed-tensors"}, "E445", "b.weight_packed"),
+        ({"a.weight": VALUES, "a.weight_scale": torch.rand(1), "b.weight_packed": drawn_bytes(4, 4)}, {"quant_method": "compressed-tensors"}, "E446", "without b.weight_scale"),
         ({"a.weight": VALUES, "a.weight_scale": torch.rand(1), "b.weight": drawn_bytes(4, 4)}, {"quant_method": "fp8"}, "E445", "U8 values"),
         # NVFP4: the scales are eight-bit floats themselves
         ({"a.weight": drawn_bytes(32, 16), "a.weight_scale": VALUES[:, :2], "a.weight_scale_2": torch.rand(1)}, {"quant_method": "modelopt"}, "E445", "no tensor is stored"),

@@ -122,13 +122,16 @@ def test_the_librarys_own_codes_pack_to_the_librarys_bytes(kind):
 
 
 @pytest.mark.parametrize("kind", [*TYPE, "MXFP4"])
-def test_plain_rounding_is_ggmls(kind):
-    weight = draw(8, 256, seed=3)
+def test_plain_rounding_is_the_librarys_with_and_without_ggml(kind, monkeypatch):
+    weight = draw(9, 256, seed=3)
     weight[2, 32:64] = 0
-    blocks = gguf_blocks.quantize(weight, kind)
-    if importlib.util.find_spec("xllamacpp"):  # the C code, bit for bit
-        assert np.array_equal(blocks, gguf_blocks._rounded_by_ggml(weight, gguf_blocks.TYPES[kind]))
-    assert not gguf_blocks.dequantize(blocks, kind)[2, 32:64].any()
+    wanted = library.quants.quantize(weight, library.GGMLQuantizationType[kind])
+    for threads in (1, 2, 40):
+        assert np.array_equal(gguf_blocks.quantize(weight, kind, threads=threads), wanted)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "xllamacpp" else find(name))
+    assert np.array_equal(gguf_blocks.quantize(weight, kind), wanted)
+    assert not gguf_blocks.dequantize(wanted, kind)[2, 32:64].any()
 
 
 KNOWN = {

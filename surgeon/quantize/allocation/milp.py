@@ -10,8 +10,12 @@ stands beside every solution as a cross-check, and in its place when it is bette
 
 from __future__ import annotations
 
+import ctypes
 import math
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -81,8 +85,9 @@ def minimize(program: Program, unit: float, seconds: float, gap: float) -> Solut
     lower = np.r_[np.zeros(count), [low for low, _ in program.integers]]
     upper = np.r_[np.ones(count), [high for _, high in program.integers]]
     for _ in range(CUTS):
-        found = milp(objective, integrality=np.ones(count + extra), bounds=Bounds(lower, upper), constraints=rows,
-                     options={"mip_rel_gap": gap, "time_limit": seconds})  # fmt: skip
+        with silent_output():
+            found = milp(objective, integrality=np.ones(count + extra), bounds=Bounds(lower, upper), constraints=rows,
+                         options={"mip_rel_gap": gap, "time_limit": seconds})  # fmt: skip
         if found.x is None:
             return None
         taken = found.x[:count] > 0.5
@@ -92,6 +97,31 @@ def minimize(program: Program, unit: float, seconds: float, gap: float) -> Solut
             return Solution(taken, whole, bound, found.status == 0)
         rows.append(LinearConstraint(_cover(program.group, sizes, taken, extra), -np.inf, taken.sum() - 1))
     return None
+
+
+@contextmanager
+def silent_output() -> Iterator[None]:
+    """Keep what compiled code writes to standard output out of it.
+
+    HiGHS prints lines of its own debugging there, whatever it is told, into the one JSON document that a caller reads.
+    """
+    with suppress(OSError, ValueError, AttributeError):
+        sys.stdout.flush()
+    try:
+        kept = os.dup(1)
+    except OSError:  # closed: nothing can reach it
+        yield
+        return
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nothing, 1)
+        yield
+    finally:
+        with suppress(OSError, AttributeError, TypeError):
+            ctypes.CDLL(None).fflush(None)  # what its library still buffers would come out later
+        os.dup2(kept, 1)
+        os.close(nothing)
+        os.close(kept)
 
 
 def _spare(group: np.ndarray, sizes: np.ndarray, budget: int) -> tuple[int, list[int]]:
