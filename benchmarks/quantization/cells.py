@@ -17,8 +17,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from surgeon.errors import InputError, SurgeonError
-from surgeon.formats import bnb, compressed_groups, float4, float8_dynamic
+from surgeon.errors import SurgeonError
+from surgeon.formats import bnb, float4, float8_dynamic
 from surgeon.formats.compressed_runtimes import EXPERT, Reader, Runtime
 from surgeon.formats.scheme import Codes, Scheme
 from surgeon.quantize import forms, rtn
@@ -75,7 +75,7 @@ def _cycle(*schemes: Scheme | None) -> Choose:
     return choose
 
 
-def _experts(dense: Scheme | None | Choose, experts: Scheme | None | Callable[[int, int, str], Scheme | None]) -> Choose:  # fmt: skip
+def _experts(dense: Scheme | Choose | None, experts: Scheme | Callable[[int, int, str], Scheme | None] | None) -> Choose:  # fmt: skip
     """Return a choice that treats routed experts on their own: by (layer, expert, gate, up or down)."""
     plain = {"w1": "gate", "w3": "up", "w2": "down"}
 
@@ -284,24 +284,27 @@ def _as_torch(array: np.ndarray, code: str) -> torch.Tensor:
     return torch.from_numpy(array)
 
 
-def _stored(form: forms.Form, name: str, weight: torch.Tensor, scheme: Scheme) -> tuple[dict[str, torch.Tensor], np.ndarray]:  # fmt: skip
-    """Return what a matrix becomes, and the values it stands for."""
+DECODED = {CT: torch.bfloat16, AR: torch.float16, BNB: torch.float32}
+"""Form -> the type its reader rounds decoded matrices to, whatever the model's; values from bitsandbytes are rounded already."""
+
+
+def _stored(
+    form: forms.Form, name: str, weight: torch.Tensor, scheme: Scheme
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Return what a matrix becomes, and the values it stands for, float32."""
     if scheme.kind == "int":
         codes: Codes = rtn.quantize(weight.float(), scheme, scale_dtype=form.scale_dtype, clip=False)
-        # auto-round decodes to float16, whatever the model's type
-        parts, values = (
-            form.pack(name, codes),
-            codes.values().astype(np.float16 if form.scale_dtype == "F16" else np.float32),
-        )
+        parts, values = form.pack(name, codes), codes.values()
     else:
         parts, values = form.encode(name, weight.float().numpy(), scheme)
     laid_out = form.layout(name, tuple(weight.shape), scheme)
     assert {n: (c, s) for n, c, s in laid_out} == {n: (c, a.shape) for n, (c, a) in parts.items()}, name
-    return {stored: _as_torch(array, code) for stored, (code, array) in parts.items()}, values
+    stored = {place: _as_torch(array, code) for place, (code, array) in parts.items()}
+    return stored, torch.from_numpy(values.copy()).to(DECODED[form.name]).float()
 
 
 def write(cell: Cell, model: Path, folder: Path) -> tuple[Path, Path]:
-    """Write the quantized folder of a cell and the plain one of what it stands for, refused or not.
+    """Write the quantized folder of a cell and the plain one of what it stands for in float32, refused or not.
 
     Raises:
         InputError: the form itself cannot store it.
@@ -313,16 +316,16 @@ def write(cell: Cell, model: Path, folder: Path) -> tuple[Path, Path]:
     plain: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
         scheme = chosen.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
-        plain[name] = tensor
+        plain[name] = tensor.float()
         if scheme is None:
             packed[form.renamed(name)] = tensor
             continue
         parts, values = _stored(form, name, tensor, scheme)
         packed |= parts
-        plain[name] = torch.from_numpy(values.copy()).to(tensor.dtype)
+        plain[name] = values
     config = json.loads((model / "config.json").read_text())
     stored = {**config, "quantization_config": form.config(chosen)}
-    for kind, held, said in (("packed", packed, stored), ("plain", plain, config)):
+    for kind, held, said in (("packed", packed, stored), ("plain", plain, {**config, "dtype": "float32"})):
         (folder / kind).mkdir(parents=True)
         save_file(
             {n: t.contiguous().clone() for n, t in held.items()},
@@ -331,21 +334,3 @@ def write(cell: Cell, model: Path, folder: Path) -> tuple[Path, Path]:
         )
         (folder / kind / "config.json").write_text(json.dumps(said, indent=1))
     return folder / "packed", folder / "plain"
-
-
-__all__ = [
-    "FAMILIES",
-    "IDS",
-    "MIXTURES",
-    "RECIPES",
-    "Cell",
-    "InputError",
-    "cells",
-    "compressed_groups",
-    "form_of",
-    "modules_of",
-    "refusals",
-    "shapes_of",
-    "source",
-    "write",
-]

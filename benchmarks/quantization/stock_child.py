@@ -2,56 +2,68 @@
 
     python stock_child.py JOB.json OUT.json
 
-JOB: {"ids": token ids, "jobs": [{"folder": ..., "logits": file to write}, ...]}. Nothing of surgeon is imported.
+JOB: {"ids": token ids, "decoder": path of surgeon/verify/quantized_child.py, "jobs": [{"folder", "plain": whether it holds
+plain numbers, "logits": file to write}]}. Nothing of surgeon is imported but that file. Logits are those in float32 with
+decoded matrices, and those as the kernels run; of plain numbers those in float32 and in bfloat16.
 auto-round changes how its process loads plain mixtures from then on: plain folders come first.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 import time
 import warnings
+from typing import Any
 
 NEW = 6
+"""Tokens generated."""
 
 
-def quantized_modules(model) -> dict[str, int]:
-    """Count modules that hold quantized weights, by class."""
-    found: dict[str, int] = {}
-    for module in model.modules():
-        kind = type(module)
-        held = any(hasattr(module, name) for name in ("weight_packed", "qweight"))
-        own = kind.__module__.startswith("bitsandbytes")
-        eight = str(getattr(getattr(module, "weight", None), "dtype", "")) == "torch.float8_e4m3fn"
-        if held or own or eight:
-            found[kind.__name__] = found.get(kind.__name__, 0) + 1
-    return found
+def plain(folder: str, logits: str, ids: Any) -> dict[str, Any]:
+    """Run a plain model in both types."""
+    import numpy as np
+    import torch
+    import transformers
+
+    found: list[Any] = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, output_loading_info=True, dtype=dtype
+        )
+        with torch.no_grad():
+            found.append(model.eval()(ids).logits.float().numpy())
+    np.save(logits, np.stack(found))
+    return {"folder": folder, "faults": {key: len(value) for key, value in info.items() if value}}
 
 
-def tried(folder: str, logits: str, ids) -> dict:
+def tried(folder: str, logits: str, ids: Any, decoder: Any) -> dict[str, Any]:
+    """Return what loading and using a folder gave; "error" where it raised."""
     import numpy as np
     import torch
     import transformers
 
     started = time.monotonic()
-    found: dict = {"folder": folder}
+    found: dict[str, Any] = {"folder": folder}
     try:
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             folder, output_loading_info=True, dtype="auto"
         )
         model.eval()
         found["faults"] = {key: len(value) for key, value in info.items() if value}
-        found["quantized"] = quantized_modules(model)
+        found["quantized"] = decoder.quantized_modules(model)
         with torch.no_grad():
-            np.save(logits, model(ids).logits.float().numpy())
+            with decoder.decoded(model) as found["precision"]:
+                exact = model(ids).logits.float().numpy()
+            np.save(logits, np.stack([exact, model(ids).logits.float().numpy()]))
             options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": NEW,
                        "min_new_tokens": NEW, "pad_token_id": 0}  # fmt: skip
-            for name, cache in (("cached", True), ("plain", False)):
+            for name, cache in (("cached", True), ("uncached", False)):
                 found[name] = model.generate(ids, use_cache=cache, **options)[:, ids.shape[1] :].tolist()
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        found["error"] = f"{type(error).__name__}: {' '.join(lines)}"[:400]
+        found["error"] = f"{type(error).__name__}: {' '.join(lines)}"[:300]
     found["seconds"] = time.monotonic() - started
     return found
 
@@ -65,8 +77,17 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     with open(sys.argv[1]) as stream:
         job = json.load(stream)
+    spec = importlib.util.spec_from_file_location("quantized_child", job["decoder"])
+    assert spec is not None and spec.loader is not None
+    decoder = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(decoder)
     ids = torch.tensor(job["ids"])
-    out = [tried(one["folder"], one["logits"], ids) for one in job["jobs"]]
+    out = [
+        plain(one["folder"], one["logits"], ids)
+        if one["plain"]
+        else tried(one["folder"], one["logits"], ids, decoder)
+        for one in job["jobs"]
+    ]
     with open(sys.argv[2], "w") as stream:
         json.dump(out, stream)
 

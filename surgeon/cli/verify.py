@@ -176,7 +176,13 @@ def _read(found: Any, asked: bool) -> list[dict[str, Any]]:
             lines.append({"name": name, "result": "ok", "detail": detail, "figures": figures})
 
     loaded = checks.get("load")
-    add("load", f"{(loaded or {}).get('class')} ({versions}), nothing missing, nothing left over", loaded)
+    packed = (loaded or {}).get("quantized")
+    held = f"; {packed['modules']:,} modules quantized in memory" if packed else ""
+    add(
+        "load",
+        f"{(loaded or {}).get('class')} ({versions}), nothing missing, nothing left over{held}",
+        loaded,
+    )
     text = checks.get("tokenizer")
     template = "; chat template renders" if checks.get("chat template") else ""
     add(
@@ -209,5 +215,13 @@ def _read(found: Any, asked: bool) -> list[dict[str, Any]]:
                 f"{same}; outputs differ by at most {logits['max_difference']:.3g} (relative {logits['relative']:.3g}), "
                 f"top-1 agreement {logits['top1_agreement']:.1%} of {logits['positions']}"
             )
+            if "own" in logits:
+                detail = f"{_quantized_against(logits)}; {detail}"
         add("against", detail, {"tensors": tensors, "logits": logits})
     return lines
+
+
+def _quantized_against(logits: dict[str, Any]) -> str:
+    """Say what a quantized model was compared with, and how far its kernels take it."""
+    what = "the numbers it stands for" if logits["own"] else "another model: how far quantizing moved it"
+    return f"against {what}, its matrices decoded (relative {logits['as_run']:.3g} as its kernels run)"

@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from surgeon.deploy.gguf_rows import Rows
 from surgeon.formats.gguf_blocks import TYPES
+from surgeon.traits import part_of
 
 _GATES = {"gate_proj": 0, "w1": 0, "up_proj": 1, "w3": 1}
 _EXPERT = re.compile(r"\.layers\.(\d+)\..*experts\.(\d+)\.(\w+)\.weight$")
@@ -93,11 +94,13 @@ class Rounding(TorchFunctionMode):
     """While it is active, linear maps of a model round their inputs as ggml does for the type of their matrix.
 
     Args:
-        model: a stock model in float32; experts are made to be computed one by one.
+        model: a stock model in float32. Its experts are made to be computed one by one, and its plain matrices are
+            rounded to the file's type.
         rows: name of a matrix in the checkpoint -> its blocks in the file.
+        plain: type of the file's other matrices: F32, F16 or BF16. Routers are float32.
     """
 
-    def __init__(self, model: Any, rows: Mapping[str, Rows]) -> None:
+    def __init__(self, model: Any, rows: Mapping[str, Rows], plain: str = "F32") -> None:
         super().__init__()
         # layer, parameter -> (gate or up, expert) -> blocks
         stacks: dict[tuple[str, str], dict[tuple[int, int], Rows]] = {}
@@ -112,9 +115,9 @@ class Rounding(TorchFunctionMode):
             found = {(0, 0): rows[name]} if name in rows else {}
             if match is not None:
                 found = stacks.get((match[1], match[2]), {})
-            if found:
+            if found or (parameter.ndim > 1 and part_of(name) != "router"):
                 halves = 2 if match is not None and match[2] == "gate_up_proj" else 1
-                self._matrices[_place(parameter)] = _matrix(parameter, found, halves)
+                self._matrices[_place(parameter)] = _matrix(parameter, found, halves, plain)
         if hasattr(model, "set_experts_implementation"):
             model.set_experts_implementation("eager")
 
@@ -137,8 +140,11 @@ def _place(parameter: Tensor) -> int:
     return parameter.untyped_storage().data_ptr()
 
 
-def _matrix(parameter: Tensor, found: Mapping[tuple[int, int], Rows], halves: int) -> _Matrix:
-    kinds = tuple(found[half, 0].kind if (half, 0) in found else "F32" for half in range(halves))
+def _matrix(parameter: Tensor, found: Mapping[tuple[int, int], Rows], halves: int, plain: str) -> _Matrix:
+    kinds = tuple(found[half, 0].kind if (half, 0) in found else plain for half in range(halves))
+    for part, kind in zip(parameter.detach().chunk(halves, -2), kinds, strict=True):
+        if kind == plain:
+            part.copy_(rounded(part, plain))
     if not set(kinds) & set(ASYMMETRIC):
         return _Matrix(kinds, None)
     columns = parameter.shape[-1]

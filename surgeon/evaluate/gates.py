@@ -3,7 +3,8 @@
     accuracy >= baseline - 0.02        tokens_mean <= 0.55 * baseline        perplexity <= 1.05 * ref
 
 An expression has numbers, ``baseline`` (the same metric of --baseline), ``ref`` (of the --kl
-reference), + - * / and parentheses. In front of the operator stands one metric's name.
+reference), + - * / and parentheses. A number may have a unit: 2GB, 1.5GiB, 3B (parameters). In
+front of the operator stands one metric's name.
 
 Codes: E226 not a gate, or a metric that does not exist; E401 a gate failed, E402 it has no value.
 """
@@ -29,6 +30,12 @@ OPERATORS: dict[str, Callable[[float, float], bool]] = {
 }
 _OPERATOR = re.compile(r"<=|>=|==|!=|=<|=>|<|>|=")
 _TOKEN = re.compile(r"\s*(?:(\d+\.?\d*(?:[eE][+-]?\d+)?|\.\d+(?:[eE][+-]?\d+)?)|([A-Za-z_]\w*)|([-+*/()%]))")
+_UNITS = {
+    **{f"{letter}b": 1000.0**power for power, letter in enumerate("kmgt", 1)},
+    **{f"{letter}ib": 1024.0**power for power, letter in enumerate("kmgt", 1)},
+    "k": 1e3, "m": 1e6, "b": 1e9,
+}  # fmt: skip
+"""What may follow a number, in small letters: bytes, and counts of parameters."""
 _NAMES = ("baseline", "ref")
 _HELP = "a gate is METRIC OP EXPRESSION, such as 'accuracy >= baseline - 0.02' or 'perplexity <= 1.05 * ref'"
 
@@ -141,6 +148,19 @@ class _Parser:
             else ""
         )
 
+    def unit(self) -> float:
+        """Return what the number just read is multiplied with: 1, or its unit's size."""
+        if self.at >= len(self.tokens) or self.tokens[self.at][0] != "name":
+            return 1.0
+        text = self.tokens[self.at][1]
+        if text in _NAMES:
+            raise self.wrong(f'"{text}" is not expected there')
+        if text.lower() not in _UNITS:
+            near = close_matches(text, ("KB", "MB", "GB", "TB", "GiB", "B"))
+            raise self.wrong(f'"{printable(text)}" is no unit' + (f"; {near}" if near else "; units are MB, GB, GiB, and K, M, B of parameters"))
+        self.at += 1
+        return _UNITS[text.lower()]
+
     def sum(self) -> None:
         self.product()
         while self.peek() in {"+", "-"}:
@@ -166,7 +186,7 @@ class _Parser:
         if self.depth > 50:
             raise self.wrong("it is nested too deeply")
         if kind == "number":
-            self.output.append(float(text))
+            self.output.append(float(text) * self.unit())
             if self.peek() == "%":
                 raise self.wrong("percentages are written as numbers, 2 % is 0.02")
         elif kind == "name":

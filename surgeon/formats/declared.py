@@ -44,19 +44,24 @@ def declarations(config: Mapping[str, Any], modules: Collection[str] = ()) -> De
         storage = Storage("awq", _bits(config), _group(config), symmetric=config.get("zero_point") is False)
         return Kept(storage, config.get("modules_to_not_convert"))
     if method == "fp8":
-        block = config.get("weight_block_size")
-        whole = (
-            isinstance(block, (list, tuple))
-            and len(block) == 2
-            and all(type(n) is int and n > 0 for n in block)
-        )
-        return Kept(
-            Storage("fp8", 8, 0, (block[0], block[1]) if whole else None),
-            config.get("modules_to_not_convert"),
-        )
+        return Kept(Storage("fp8", 8, 0, _block(config)), config.get("modules_to_not_convert"))
     if method == "bitsandbytes":
         return Kept(_of_bitsandbytes(config), config.get("llm_int8_skip_modules"), experts=False)
     return None
+
+
+def _block(config: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Return the (rows, columns) that share a scale, None for a scale a matrix."""
+    block = config.get("weight_block_size")
+    if block is None:
+        return None
+    if (
+        not isinstance(block, (list, tuple))
+        or len(block) != 2
+        or not all(type(n) is int and n > 0 for n in block)
+    ):
+        refuse(f"has blocks of {printable(str(block))[:40]}")
+    return block[0], block[1]
 
 
 def _of_bitsandbytes(config: Mapping[str, Any]) -> Storage:

@@ -41,6 +41,7 @@ from surgeon.formats.scheme import Scheme
 from surgeon.quantize.awq_fold import fold, scalable
 from surgeon.quantize.awq_scales import Found, Reader, error, sampled, search
 from surgeon.quantize.awq_sites import Site, Skipped, sites_of
+from surgeon.quantize.grids import clips
 from surgeon.quantize.moments import Moments
 from surgeon.quantize.scaled_view import Factor, ScaledView
 
@@ -291,11 +292,12 @@ class _Run:
         """Return a matrix with all rows, or with those that the search looks at among so many ``matrices``."""
         hessian = self._seen[matrix.module].moments.hessian
         weight = read_matrix(self._checkpoint, matrix)
-        weight = (weight if matrices is None else sampled(weight, matrices)).to(hessian.device)
         scheme = self._grids.schemes[matrix.label]
         assert scheme is not None
+        if matrices is not None:
+            weight = sampled(weight, matrices, clips(scheme, self._grids.clip))
         code = self._checkpoint.tensors[matrix.tensor].dtype
-        return Reader(self._part(matrix), weight, hessian, scheme, code, matrix.label)
+        return Reader(self._part(matrix), weight.to(hessian.device), hessian, scheme, code, matrix.label)
 
     def _part(self, matrix: Matrix) -> str:
         return self._kinds[matrix.tensor]

@@ -31,8 +31,9 @@ STEPS = 20
 SMALLEST = 1e-4
 """Inputs smaller than this part of the largest count as that large: scales stay within four decimal places."""
 ROWS = 512
-"""Rows of all matrices of one part that the search looks at, as far as each keeps `FEWEST_ROWS`."""
-FEWEST_ROWS = 32
+"""Rows of all matrices of one part that the search looks at; an eighth of it where ranges are searched too."""
+FEWEST_ROWS = 16
+"""Rows of each matrix it looks at in any case."""
 
 
 @dataclass(frozen=True)
@@ -125,9 +126,15 @@ def error(
     return sum(shares) / len(shares) if shares else 0.0
 
 
-def sampled(weight: Tensor, matrices: int) -> Tensor:
-    """Return the rows of a matrix that the search looks at, when its part has so many matrices."""
-    count = max(FEWEST_ROWS, ROWS // max(1, matrices))
+def sampled(weight: Tensor, matrices: int, clipped: bool) -> Tensor:
+    """Return the rows of a matrix that the search looks at.
+
+    Args:
+        weight: [out, in].
+        matrices: how many its part has.
+        clipped: whether ranges are searched, which takes eighty roundings instead of one.
+    """
+    count = max(FEWEST_ROWS, (ROWS // 8 if clipped else ROWS) // max(1, matrices))
     if len(weight) <= count:
         return weight
     return weight[torch.linspace(0, len(weight) - 1, count).round().long()].contiguous()

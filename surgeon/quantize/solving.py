@@ -117,20 +117,24 @@ def solve(
     if tokens and not inputs.divided(first.module):
         yield from _by_factor(matrices, inputs.whole(first.module), read, options, scale_dtype, about)
         return
-    whole = inputs.whole(first.module) if tokens else None
-    if whole is None or (first.routed and not bool(whole.hessian.diagonal().any())):
-        reason = "no token reached it" if whole is None else "its inputs are zero for every token"
+    parts = train, held = inputs.moments(first.module)
+    silent = not any(bool(part.hessian.diagonal().any()) for part in parts)
+    if not tokens or (first.routed and silent):
+        reason = "its inputs are zero for every token" if tokens else "no token reached it"
         for matrix, scheme in matrices:
             yield _unreached(matrix, scheme, read(matrix), scale_dtype, about, reason)
         return
-    about["effective_tokens"] = round(whole.count, 3)
-    train, held = inputs.moments(first.module)
+    about["effective_tokens"] = round(effective(parts), 3)
     for scheme in dict.fromkeys(scheme for _, scheme in matrices):
         same = [matrix for matrix, its in matrices if its == scheme]
-        if train.cross is not None and options.target_shift:
-            yield from _few_shifted(same, scheme, train, held, whole, read, options, scale_dtype, about)
-        else:
-            yield from _few(same, scheme, train, held, whole, read, options, scale_dtype, about)
+        few = _few_shifted if train.cross is not None and options.target_shift else _few
+        yield from few(same, scheme, train, held, read, options, scale_dtype, about)
+
+
+def effective(parts: Sequence[Moments]) -> float:
+    """Return the effective number of tokens of sums that were taken apart."""
+    squares, fourths = (sum(getattr(part, name) for part in parts) for name in ("squares", "fourths"))
+    return squares**2 / fourths if fourths else 0.0
 
 
 def _by_factor(
@@ -150,12 +154,12 @@ def _by_factor(
         amount = 1.0 if options.target_shift and whole.cross is not None else None
         codes, record = _quantized(weight, factor, scheme, whole, options, scale_dtype, matrix.label, amount)
         yield Solved(
-            matrix, codes, _record(weight, codes, record, whole, options, scale_dtype, about, amount)
+            matrix, codes, _record(weight, codes, record, (whole,), options, scale_dtype, about, amount)
         )
 
 
 def _few(
-    matrices: Sequence[Matrix], scheme: Scheme, train: Moments, held: Moments, whole: Moments, read: Read,
+    matrices: Sequence[Matrix], scheme: Scheme, train: Moments, held: Moments, read: Read,
     options: Options, scale_dtype: str, about: dict[str, Any],
 ) -> Iterator[Solved]:  # fmt: skip
     weights = [read(matrix) for matrix in matrices]
@@ -165,11 +169,13 @@ def _few(
     )  # fmt: skip
     about = about | {"shrinkage_by": choice.how}
     for matrix, weight, (codes, record) in zip(matrices, weights, results, strict=True):
-        yield Solved(matrix, codes, _record(weight, codes, record, whole, options, scale_dtype, about, None))
+        yield Solved(
+            matrix, codes, _record(weight, codes, record, (train, held), options, scale_dtype, about, None)
+        )
 
 
 def _few_shifted(
-    matrices: Sequence[Matrix], scheme: Scheme, train: Moments, held: Moments, whole: Moments, read: Read,
+    matrices: Sequence[Matrix], scheme: Scheme, train: Moments, held: Moments, read: Read,
     options: Options, scale_dtype: str, about: dict[str, Any],
 ) -> Iterator[Solved]:  # fmt: skip
     weights = [working(read(matrix), matrix.label) for matrix in matrices]
@@ -183,6 +189,7 @@ def _few_shifted(
     choice = shrinkage.choose(
         weights, train, held, scheme, scale_dtype=scale_dtype, order=order, damp=damp, block=block, clip=clip, module=label
     )  # fmt: skip
+    whole = train.merged(held)
     amount, _ = target_shift.choose_amount(
         weights, train, held, scheme, scale_dtype=scale_dtype, k=choice.k, order=order, damp=damp, block=block, clip=clip,
         module=label,
@@ -196,7 +203,7 @@ def _few_shifted(
         codes, record = _quantized(weight, factor, scheme, whole, options, scale_dtype, matrix.label, amount)
         record = replace(record, shrinkage=choice.k)
         yield Solved(
-            matrix, codes, _record(weight, codes, record, whole, options, scale_dtype, about, amount)
+            matrix, codes, _record(weight, codes, record, (whole,), options, scale_dtype, about, amount)
         )
 
 
@@ -253,7 +260,7 @@ def _unreached(
 
 
 def _record(
-    weight: Tensor, codes: Codes, record: Record, whole: Moments, options: Options, scale_dtype: str,
+    weight: Tensor, codes: Codes, record: Record, parts: Sequence[Moments], options: Options, scale_dtype: str,
     about: dict[str, Any], amount: float | None,
 ) -> dict[str, Any]:  # fmt: skip
     """Return what is said of a matrix, as plain data."""
@@ -264,10 +271,12 @@ def _record(
     )
     some = weight.index_select(0, rows).float()
     plain = rtn.quantize(some, codes.scheme, scale_dtype=scale_dtype, clip=options.clip)
+    off = torch.from_numpy(plain.values()).to(some) - some
+    lost, everything = (math.fsum(energy(value, part.hessian) for part in parts) for value in (off, some))
     found: dict[str, Any] = about | {
         "method": record.method,
         "error": record.error / record.energy if record.energy > 0 else 0.0,
-        "rounding_error": relative(plain, some, whole.hessian),
+        "rounding_error": lost / everything if everything > 0 else 0.0,
         "rounding_rows": len(rows),
         "damp": record.damp,
         "escalated": record.escalated,

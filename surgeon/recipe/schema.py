@@ -27,6 +27,9 @@ MACHINE = {
 
 WRITES = "a recipe cannot say where things are written: results lie in OUT.work"
 
+OUTPUTS = ("output", "out", "report", "samples_out", "save_direction")
+"""Options of commands that say where something is written."""
+
 REFUSED: dict[str, dict[str, str]] = {
     "merge": {"sweep": "the recipe's own sweep: varies any value", "allow_pickle": "pickles are a permission of whoever runs them: convert the model once with surgeon export --allow-pickle"},
     "prune": {"scores": WRITES, "nested": "a nested family is several models; surgeon prune makes it"},

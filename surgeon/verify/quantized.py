@@ -162,11 +162,12 @@ def _module(
                              "or store it plain")  # fmt: skip
         return
     whole = shape or _plain_shape(checkpoint, module, held, said.storage)
-    wanted = parts(module, said.storage, whole) if whole is not None else None
-    if wanted is None:
-        if whole is None:
-            yield InputError("E478", f"{printable(module)} has {', '.join(sorted(held))}; config.json says {said.storage.words}",
-                             where=where, help="its packed values are missing, or it is stored in another way")  # fmt: skip
+    if whole is None:
+        yield InputError("E478", f"{printable(module)} has {', '.join(sorted(held))}; config.json says {said.storage.words}",
+                         where=where, help="its packed values are missing, or it is stored in another way")  # fmt: skip
+        return
+    wanted = parts(module, said.storage, whole)
+    if wanted is None:  # a form nothing is known of: its reader refuses it
         return
     yield from _parts(checkpoint, module, held, said.storage, wanted)
     yield from _stored_shape(checkpoint, module, held, whole)

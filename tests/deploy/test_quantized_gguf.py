@@ -425,6 +425,18 @@ def test_export_rounds_and_compares(scratch, capsys):
 
 
 @needs_llama_cpp
+@pytest.mark.parametrize(
+    ("family", "kind"), [("mixtral", "q5_1"), pytest.param("varied qwen2", "q4_0", marks=pytest.mark.slow)]
+)
+def test_the_reference_is_written_for_every_kind_of_model(family, kind, scratch):
+    folder = folder_of(family, scratch / "model")
+    made = api.export(folder, scratch / "x.gguf", to="gguf", gguf_type=kind, dtype="float16")
+    assert made["check"]["texts"] == 50 and made["check"]["kl"] < 2e-3
+    assert made["types"][kind.upper()] == {"mixtral": 14, "varied qwen2": 28}[family]
+    assert {p.name for p in scratch.iterdir()} == {"model", "x.gguf", "x.gguf.surgeon.json"}
+
+
+@needs_llama_cpp
 def test_a_quantized_file_that_computes_otherwise_never_arrives(scratch, monkeypatch):
     folder = stock_folder("llama", scratch / "model", num_hidden_layers=2)
     monkeypatch.setattr(gguf, "_turned", lambda rows, piece: rows)

@@ -155,7 +155,7 @@ def test_sizes_that_leave_a_choice_are_settled_by_the_module(tmp_path):
 def test_older_dense_packing_is_refused(version, tmp_path):
     tensors, _ = encoded(f"{MODULE}.weight", drawn((8, 64)), int_(3), "BF16")
     config = quantization_config({MODULE: int_(3)}) | {"version": version}
-    with pytest.raises(InputError, match="before 0.20") as caught:
+    with pytest.raises(InputError, match=r"before 0\.20") as caught:
         dequantized(model_of(tmp_path / "three", tensors, config))
     assert caught.value.code == "E445"
     tensors, _ = encoded(f"{MODULE}.weight", drawn((8, 64)), int_(4), "BF16")

@@ -24,7 +24,7 @@ from surgeon.checkpoint.checkpoint import open_path
 from surgeon.errors import InputError, Interrupted
 from surgeon.formats.scheme import Scheme
 from surgeon.quantize import awq, rtn
-from surgeon.quantize.awq_scales import Reader, error, proposals, search
+from surgeon.quantize.awq_scales import Reader, error, proposals, sampled, search
 
 EXTRA = (("hidden_size", 64), ("intermediate_size", 96))
 TEXTS = texts((40,) * 8, seed=5)
@@ -307,3 +307,18 @@ def test_a_matrix_no_token_reached_is_an_error(tmp_path, monkeypatch):
     with pytest.raises(InputError) as refused:
         scale(folder, tmp_path)
     assert refused.value.code == "E486"
+
+
+def test_a_sample_of_rows_finds_what_all_rows_find():
+    torch.manual_seed(2)
+    x = torch.randn(300, 64) * (torch.rand(64) * 3).exp()
+    weight, magnitude, live = torch.randn(3000, 64), x.abs().mean(0), torch.ones(64, dtype=torch.bool)
+    few = sampled(weight, 1, False)
+    assert len(few) == 512 and len(sampled(weight, 1, True)) == 64 and len(sampled(weight, 128, False)) == 16
+    assert (
+        torch.equal(few[0], weight[0]) and torch.equal(few[-1], weight[-1]) and sampled(few, 1, False) is few
+    )
+    one, all_rows = (Reader("q", part, x.T @ x, Scheme("int", 4, 32), "F32", "m") for part in (few, weight))
+    found, best = search([one], magnitude, live, "F32"), search([all_rows], magnitude, live, "F32")
+    assert found.exponent > 0
+    assert error([all_rows], found.scales, "F32") <= 1.01 * error([all_rows], best.scales, "F32")

@@ -252,4 +252,4 @@ def test_outputs_agree_with_what_routing_shows(family):
     route(checkpoint, samples, SETTINGS, shown, experts=experts)
     for one in block_outputs(checkpoint, experts, samples, SETTINGS):
         assert one.parts == pytest.approx(shown.parts[one.layer][:-1].numpy(), rel=1e-5)
-        assert 0 < one.energy
+        assert one.energy > 0

@@ -57,7 +57,7 @@ def changed(module, expert, scheme):
     return gate_up, down
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("family", [pytest.param("mixtral", marks=pytest.mark.slow), "qwen3_moe"])
 def test_scores_are_those_of_whole_blocks(family):
     model = Model(family, num_hidden_layers=2)
     found = scores(model)
@@ -91,7 +91,7 @@ def test_scores_are_those_of_whole_blocks(family):
 
 def test_errors_of_gptq_are_smaller_than_those_of_rounding():
     model = Model("mixtral", num_hidden_layers=2)
-    nearest, better = scores(model), scores(model, GPTQ)
+    nearest, better = (scores(model, options, menu=MENU[1:2]) for options in (RTN, GPTQ))
     ratio = sum(layer.error.sum() for layer in better) / sum(layer.error.sum() for layer in nearest)
     assert ratio < 0.95
 

@@ -1,0 +1,1 @@
+"""Running recipes: steps in order, what is there already skipped, gates, publication."""
