@@ -28,10 +28,12 @@ def plain(folder: str, logits: str, ids: Any) -> dict[str, Any]:
     import transformers
 
     found: list[Any] = []
+    info: dict[str, Any] = {}
     for dtype in (torch.float32, torch.bfloat16):
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             folder, output_loading_info=True, dtype=dtype
         )
+        model, info = loaded
         with torch.no_grad():
             found.append(model.eval()(ids).logits.float().numpy())
     np.save(logits, np.stack(found))
@@ -47,9 +49,10 @@ def tried(folder: str, logits: str, ids: Any, decoder: Any) -> dict[str, Any]:
     started = time.monotonic()
     found: dict[str, Any] = {"folder": folder}
     try:
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             folder, output_loading_info=True, dtype="auto"
         )
+        model, info = loaded
         model.eval()
         found["faults"] = {key: len(value) for key, value in info.items() if value}
         found["quantized"] = decoder.quantized_modules(model)

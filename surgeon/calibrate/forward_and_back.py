@@ -75,11 +75,9 @@ class ForwardAndBack:
 
     Attributes:
         name: of the pass: what one stored another one does not take up.
-        alone: one sample a batch.
     """
 
     name: str
-    alone = False
 
     def __init__(
         self, checkpoint: Checkpoint, samples: Sequence[TokenSample], receiver: Receiver, settings: Settings,
@@ -98,7 +96,7 @@ class ForwardAndBack:
         config: Any = skeleton.model.config
         heads = {getattr(config, key, None) for key in ("num_attention_heads", "num_key_value_heads")}
         self.batches = plan_batches(
-            [len(ids) for ids in self._ids], settings.batch_tokens, alone=self.alone, equal=skeleton.length_dependent,
+            [len(ids) for ids in self._ids], settings.batch_tokens, equal=skeleton.length_dependent,
             unpadded={count for count in heads if count},
         )  # fmt: skip
         memory = MemoryPlan.of(skeleton, self.batches, settings)

@@ -113,7 +113,6 @@ class _Pass(ForwardAndBack):
     """The pass that looks at every matrix; the way back ends at the first layer that matters."""
 
     name = "output gradients"
-    alone = True
 
     def __init__(
         self, checkpoint: Checkpoint, samples: Sequence[Text], layers: Sequence[Sequence[Matrix]], receiver: OutputReceiver,
@@ -127,7 +126,9 @@ class _Pass(ForwardAndBack):
                                    "at their outputs need", help="raise --memory-limit, or use --sensitivity rel-output")  # fmt: skip
 
     def _wants(self, layer: int) -> bool:
-        return layer < len(self._matrices) and bool(self._matrices[layer]) and self._receiver.wants_layer(layer)
+        return (
+            layer < len(self._matrices) and bool(self._matrices[layer]) and self._receiver.wants_layer(layer)
+        )
 
     def _first(self) -> int:
         return next(

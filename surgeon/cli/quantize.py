@@ -76,6 +76,30 @@ def quantize(
         str | None,
         typer.Option("--sensitivities", help="Losses by matrix and scheme: written there, or read."),
     ] = None,
+    allocation: Annotated[
+        str,
+        typer.Option(
+            "--allocation", help="optimal, or pmq: widths of experts by how much they are used (MC-MoE)."
+        ),
+    ] = "optimal",
+    granularity: Annotated[
+        str,
+        typer.Option(
+            "--granularity", help="pmq, --drop-experts: what shares a width: expert, layer or projection."
+        ),
+    ] = "expert",
+    scope: Annotated[
+        str, typer.Option("--scope", help="pmq: the average holds in every layer, or over the model.")
+    ] = "layer",
+    must_appear: Annotated[
+        str | None, typer.Option("--must-appear", help="pmq: widths that every layer must have: 3,2.")
+    ] = None,
+    drop_experts: Annotated[
+        bool,
+        typer.Option(
+            "--drop-experts", help="With --target-size: drop experts, too, where that costs less than bits."
+        ),
+    ] = False,
     order: Annotated[
         str, typer.Option("--order", help="gptq: static-act, group-aware or none.")
     ] = "static-act",
@@ -88,10 +112,14 @@ def quantize(
     ] = None,
     true_sequential: Annotated[
         bool | None,
-        typer.Option("--true-sequential/--layer-sequential", help="gptq: look at a layer's inputs anew after each step [up to 3 bits]."),
+        typer.Option(
+            "--true-sequential/--layer-sequential",
+            help="gptq: look at a layer's inputs anew after each step [up to 3 bits].",
+        ),
     ] = None,
     target_shift: Annotated[
-        bool, typer.Option("--target-shift", help="gptq: make up for layers before, too; a second pass beside.")
+        bool,
+        typer.Option("--target-shift", help="gptq: make up for layers before, too; a second pass beside."),
     ] = False,
     calibration: c.Source = None,
     samples: Annotated[int, typer.Option("--samples", min=1, help="Calibration samples.")] = 128,
@@ -115,7 +143,8 @@ def quantize(
         str | None, typer.Option("--work", help="Keep layers and sensitivities here [OUT.work until done].")
     ] = None,
     dequantize: Annotated[
-        bool, typer.Option("--dequantize", help="Quantize a quantized model anew, from the numbers it stands for.")
+        bool,
+        typer.Option("--dequantize", help="Quantize a quantized model anew, from the numbers it stands for."),
     ] = False,
     offline: o.Offline = False,
     json_: o.Json = False,
@@ -143,7 +172,8 @@ def quantize(
                     bits=_widths(bits), method=method, group_size=group_size, symmetric=symmetric, format=format_,
                     runtime=runtime, tensor_parallel=tensor_parallel, double_quant=double_quant,
                     ignore=None if ignore is None else tuple(ignore), sensitivity=sensitivity,
-                    sensitivities=sensitivities, order=order, damp=damp, clip=clip, true_sequential=true_sequential,
+                    sensitivities=sensitivities, allocation=allocation, granularity=granularity, scope=scope,
+                    must_appear=_widths(must_appear), drop_experts=drop_experts, order=order, damp=damp, clip=clip, true_sequential=true_sequential,
                     target_shift=target_shift, calibration=tuple(calibration or ()), samples=samples,
                     sequence_length=sequence_length, calibration_dtype=calibration_dtype, dtype=dtype,
                     max_shard_size=o.byte_size(max_shard_size, "--max-shard-size"), device=device, threads=threads,
@@ -159,10 +189,11 @@ def quantize(
 
 
 def _widths(text: str | None) -> tuple[int, ...]:
+    """Parse a comma list of widths."""
     try:
         return tuple(int(part) for part in text.split(",")) if text else ()
     except ValueError:
-        raise UsageError("E209", f'--bits is "{text}"', help="widths from 2 to 8, such as 2,3,4,8") from None
+        raise UsageError("E209", f'widths are "{text}"', help="widths from 2 to 8, such as 2,3,4,8") from None
 
 
 def show(out: Output, document: dict[str, Any]) -> None:
@@ -190,7 +221,9 @@ def show(out: Output, document: dict[str, Any]) -> None:
     for remark in document["remarks"]:
         out.line(f"  {plain(remark)}")
     out.line(f"wrote     {output['path']}")
-    out.log(f"A quantized model must be evaluated before use; check it first: surgeon verify {plain(output['path'])} --generate")
+    out.log(
+        f"A quantized model must be evaluated before use; check it first: surgeon verify {plain(output['path'])} --generate"
+    )
 
 
 def _schemes(out: Output, document: dict[str, Any]) -> None:
@@ -203,14 +236,20 @@ def _quality(out: Output, document: dict[str, Any]) -> None:
     quality, loss = document["quality"], document["loss"]
     if loss["predicted"] is not None:
         again = "" if loss["remeasured"] is None else f"   re-measured {loss['remeasured']:.4g}"
-        out.line(f"  loss      predicted {loss['predicted']:.4g} ({document['allocation']['sensitivity']}){again}")
+        out.line(
+            f"  loss      predicted {loss['predicted']:.4g} ({document['allocation']['sensitivity']}){again}"
+        )
     if not quality:
         return
     shown = []
     if quality.get("perplexity"):
         before, after = quality["perplexity"]
         shown.append(f"perplexity {before:.4g} -> {after:.4g}")
-    for name, text in (("kl", "KL {:.4g} nats a token"), ("top1", "top-1 agreement {:.1%}"), ("cosine", "cosine of embeddings {:.5f}")):
+    for name, text in (
+        ("kl", "KL {:.4g} nats a token"),
+        ("top1", "top-1 agreement {:.1%}"),
+        ("cosine", "cosine of embeddings {:.5f}"),
+    ):
         if quality.get(name) is not None:
             shown.append(text.format(quality[name]))
     out.line(f"  held-out  {'   '.join(shown)}   ({quality['tokens']:,} tokens)")
@@ -218,6 +257,9 @@ def _quality(out: Output, document: dict[str, Any]) -> None:
 
 def _reading(out: Output, reading: dict[str, Any]) -> None:
     """Say what the real reader made of the result."""
+    if reading.get("reader") == "llama.cpp" and "kl" in reading:
+        out.line(f"  loaded    by llama.cpp: KL {reading['kl']:.1e} from what is meant on {reading['prompts']} prompts, token ids of "
+                 f"{reading['texts']} texts are equal")  # fmt: skip
     if "relative difference" not in reading:
         return
     version = reading["versions"].get("transformers", "")
@@ -231,15 +273,23 @@ def _plan(out: Output, document: dict[str, Any]) -> None:
     needs, output = document["needs"], document["output"]
     target = document["target"]
     what = "   ".join(f"target {name} {value:,.12g}" for name, value in (target or {}).items())
-    out.line(f"plan      {plain(document['format'])} for {plain(document['runtime'])}   {plain(document['method'])}   {what}")
+    out.line(
+        f"plan      {plain(document['format'])} for {plain(document['runtime'])}   {plain(document['method'])}   {what}"
+    )
     _schemes(out, document)
     if "bytes" in output:
-        out.line(f"  weight files {output['bytes']:,} bytes   {output['bits']:.3f} bits per weight of linear matrices")
+        out.line(
+            f"  weight files {output['bytes']:,} bytes   {output['bits']:.3f} bits per weight of linear matrices"
+        )
     elif document.get("menu"):
         out.line(f"  to choose from: {', '.join(map(plain, document['menu']))}, or as it is")
-    out.line(f"  results at most {size(needs['results'])}   work at most {size(needs['work'])}   free disk {size(needs['results_free'])}")
+    out.line(
+        f"  results at most {size(needs['results'])}   work at most {size(needs['work'])}   free disk {size(needs['results_free'])}"
+    )
     if document.get("calibration"):
         text = document["calibration"]
-        out.line(f"  text: {text['statistics']['tokens']:,} tokens for statistics, {text['held_out']['tokens']:,} held out")
+        out.line(
+            f"  text: {text['statistics']['tokens']:,} tokens for statistics, {text['held_out']['tokens']:,} held out"
+        )
     out.line(f"  to        {output.get('path', '')}")
     out.line("nothing was written.")

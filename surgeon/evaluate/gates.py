@@ -157,7 +157,10 @@ class _Parser:
             raise self.wrong(f'"{text}" is not expected there')
         if text.lower() not in _UNITS:
             near = close_matches(text, ("KB", "MB", "GB", "TB", "GiB", "B"))
-            raise self.wrong(f'"{printable(text)}" is no unit' + (f"; {near}" if near else "; units are MB, GB, GiB, and K, M, B of parameters"))
+            raise self.wrong(
+                f'"{printable(text)}" is no unit'
+                + (f"; {near}" if near else "; units are MB, GB, GiB, and K, M, B of parameters")
+            )
         self.at += 1
         return _UNITS[text.lower()]
 

@@ -99,9 +99,11 @@ def _existing(path: Path) -> Path:
     return path
 
 
-def check_places(work: Path, destination: Path, inputs: list[Path], *, overwrite: bool) -> None:
+def check_places(
+    work: Path, destination: Path, inputs: list[Path], *, overwrite: bool, is_file: bool = False
+) -> None:
     """Refuse an output that exists or is an input, and a work folder inside an input (faults A8, A9)."""
-    staging.check_destination(destination, inputs, overwrite=overwrite, is_file=False)
+    staging.check_destination(destination, inputs, overwrite=overwrite, is_file=is_file)
     place = work.resolve()
     for folder in inputs:
         if folder.is_dir() and place.is_relative_to(folder.resolve()):

@@ -1,9 +1,9 @@
 """What a work folder remembers of finished steps: fingerprint, document, where the model lies.
 
-    OUT.work/steps/ID        models that later steps read
-    OUT.work/publish/OUT     the model that will be published, under its final name
-    OUT.work/results/ID.json a step's document, as its command prints it
-    OUT.work/state/ID.json   what it was made from
+OUT.work/steps/ID        models that later steps read
+OUT.work/publish/OUT     the model that will be published, under its final name
+OUT.work/results/ID.json a step's document, as its command prints it
+OUT.work/state/ID.json   what it was made from
 """
 
 from __future__ import annotations
@@ -81,4 +81,7 @@ class Shelf:
             candidates.append(self.destination)
             held = staged(self.destination, digest)
             candidates += [held] if held is not None else []
-        return next((path for path in candidates if path.exists() and made_digest(path) == digest and intact(path)), None)
+        return next(
+            (path for path in candidates if path.exists() and made_digest(path) == digest and intact(path)),
+            None,
+        )

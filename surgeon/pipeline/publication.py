@@ -22,7 +22,9 @@ from surgeon.output.manifest import MANIFEST
 from surgeon.pipeline.digests import intact, made_digest
 
 
-def publish(candidates: Mapping[str, Path], destination: Path, *, overwrite: bool, disk: Disk | None = None) -> None:
+def publish(
+    candidates: Mapping[str, Path], destination: Path, *, overwrite: bool, disk: Disk | None = None
+) -> None:
     """Move verified models to their destination, all at once.
 
     Args:
@@ -37,7 +39,9 @@ def publish(candidates: Mapping[str, Path], destination: Path, *, overwrite: boo
     is_file = set(candidates) == {""} and destination.suffix == ".gguf"
     stage.recover_overwritten(destination, disk)
     plan = identity(candidates)
-    opened = stage.open_staging(destination, {"program": __version__, "run": plan}, plan, is_file=is_file, resume=True, disk=disk)
+    opened = stage.open_staging(
+        destination, {"program": __version__, "run": plan}, plan, is_file=is_file, resume=True, disk=disk
+    )
     try:
         if not any("verified" in record for record in opened.records):
             for key, candidate in candidates.items():
@@ -58,7 +62,9 @@ def identity(candidates: Mapping[str, Path]) -> str:
         manifest = path / MANIFEST if path.is_dir() else path.with_name(f"{path.name}.{MANIFEST}")
         content = json.loads(manifest.read_bytes())
         return str(content.get("plan") or hashlib.sha256(manifest.read_bytes()).hexdigest())
-    return hashlib.sha256(json.dumps({key: made_digest(path) for key, path in candidates.items()}, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps({key: made_digest(path) for key, path in candidates.items()}, sort_keys=True).encode()
+    ).hexdigest()
 
 
 def staged(destination: Path, digest: str) -> Path | None:
@@ -77,12 +83,19 @@ def _stage(opened: stage.Staging, key: str, candidate: Path, is_file: bool) -> N
     """Bring one model into the staging folder: by rename, or by copying and verifying the copy."""
     disk = opened.disk
     files = [candidate.with_name(f"{candidate.name}.{MANIFEST}"), candidate] if is_file else [candidate]
-    targets = [opened.model / path.name for path in files] if is_file else [opened.model / key if key else opened.model]
+    targets = (
+        [opened.model / path.name for path in files]
+        if is_file
+        else [opened.model / key if key else opened.model]
+    )
     for source, target in zip(files, targets, strict=True):
         if not source.exists() and target.exists():  # an interrupted publication had brought it here
             continue
         if target.exists():
             disk.remove_tree(target) if target.is_dir() else disk.remove(target)
+        if source.is_relative_to(opened.destination):  # what is published stays whole until it is replaced
+            _copy(disk, source, target)
+            continue
         try:
             disk.rename(source, target)
         except OSError as error:

@@ -6,11 +6,19 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from surgeon.evaluate.gates import failures
 from surgeon.errors import CheckFailed
+from surgeon.evaluate.gates import failures
 from surgeon.recipe.recipe import Recipe, RecipeGate
 
-ACCURACY = ("exact_match,strict-match", "exact_match", "acc", "exact_match,flexible-extract", "acc_norm", "pass@1", "pass_at_1")
+ACCURACY = (
+    "exact_match,strict-match",
+    "exact_match",
+    "acc",
+    "exact_match,flexible-extract",
+    "acc_norm",
+    "pass@1",
+    "pass_at_1",
+)
 """Metrics of lm-eval that TASK_accuracy stands for, the first one that a task has."""
 
 Values = dict[str, tuple[float | None, float | None]]
@@ -64,7 +72,10 @@ def _evaluated(document: Mapping[str, Any]) -> Values:
 
 def plain(values: Values) -> dict[str, float | None]:
     """Return the values alone, None where one is no number."""
-    return {name: None if value is None or not math.isfinite(value) else value for name, (value, _) in values.items()}
+    return {
+        name: None if value is None or not math.isfinite(value) else value
+        for name, (value, _) in values.items()
+    }
 
 
 def decide(recipe: Recipe, documents: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -74,11 +85,20 @@ def decide(recipe: Recipe, documents: Mapping[str, Mapping[str, Any]]) -> list[d
     return [_decided(recipe, gate, values, documents) for gate in recipe.gates]
 
 
-def _decided(recipe: Recipe, one: RecipeGate, values: Mapping[str, Values], documents: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def _decided(
+    recipe: Recipe, one: RecipeGate, values: Mapping[str, Values], documents: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
     if one.step is None:
         assert recipe.publish is not None
         value = values[recipe.publish].get(one.metric, (None, None))[0]
-        before = next((documents[s.id].get("baseline") or {} for s in reversed(recipe.steps) if s.verb == "eval" and documents[s.id].get("baseline")), {})
+        before = next(
+            (
+                documents[s.id].get("baseline") or {}
+                for s in reversed(recipe.steps)
+                if s.verb == "eval" and documents[s.id].get("baseline")
+            ),
+            {},
+        )
         baseline = before.get(one.metric)
     else:
         value, baseline = values[one.step].get(one.metric, (None, None))

@@ -115,7 +115,9 @@ class Run:
     def _check_places(self) -> None:
         inputs = self._inputs()
         if not self.destination.parent.is_dir() or self.destination.is_symlink():
-            stage.check_destination(self.destination, inputs, overwrite=self.overwrite, is_file=self._is_file())
+            stage.check_destination(
+                self.destination, inputs, overwrite=self.overwrite, is_file=self._is_file()
+            )
         stage.check_destination(self.destination, inputs, overwrite=True, is_file=self._is_file())
         place = self.work.resolve()
         for folder in inputs:
@@ -123,10 +125,16 @@ class Run:
                 raise OutputConflict("E602", f"the work folder {place} lies inside the model {folder}",
                                      help="choose another -o or --work; inputs are never modified")  # fmt: skip
         if place == self.destination.resolve() or self.destination.resolve().is_relative_to(place):
-            raise OutputConflict("E602", f"the output {self.destination} lies inside the work folder", help="choose another --work")
+            raise OutputConflict(
+                "E602",
+                f"the output {self.destination} lies inside the work folder",
+                help="choose another --work",
+            )
         for folder in (self.work / STEPS, self.work / PUBLISH):
             if folder.is_symlink():
-                raise OutputConflict("E601", f"{folder} is a link", help="remove it, or choose another --work")
+                raise OutputConflict(
+                    "E601", f"{folder} is a link", help="remove it, or choose another --work"
+                )
 
     def _inputs(self) -> list[Path]:
         """Return local models and files that are read, and the recipe."""
@@ -141,7 +149,11 @@ class Run:
         return [path for path in found if path.exists()]
 
     def _name(self) -> str:
-        return f"{self.recipe.name}.gguf" if self._is_file() and not self.recipe.name.endswith(".gguf") else self.recipe.name
+        return (
+            f"{self.recipe.name}.gguf"
+            if self._is_file() and not self.recipe.name.endswith(".gguf")
+            else self.recipe.name
+        )
 
     def _is_file(self) -> bool:
         if self.recipe.publish is None or self.recipe.points:
@@ -180,6 +192,8 @@ class Run:
             self._check_free()
             return False
         self.published = wanted
+        if wanted:
+            stage.clear_leftovers(self.destination, Disk())
         return True
 
     def _all_there(self) -> bool:
@@ -188,9 +202,13 @@ class Run:
     def _check_free(self) -> None:
         """Refuse an output that is in the way, before hours of work; what this recipe published itself is not."""
         ours = self._path("") == self.destination if "" in self.runs else False
-        held = any(self._path(name) is not None and "surgeon-" in str(self._path(name)) for name in self.runs)
+        prefix = stage.staging_prefix(self.destination)
+        paths = [path for name in self.runs if (path := self._path(name)) is not None]
+        held = any(part.startswith(prefix) for path in paths for part in path.parts)
         if not ours and not held and self.recipe.publish is not None:
-            stage.check_destination(self.destination, self._inputs(), overwrite=self.overwrite, is_file=self._is_file())
+            stage.check_destination(
+                self.destination, self._inputs(), overwrite=self.overwrite, is_file=self._is_file()
+            )
 
     def _path(self, name: str) -> Path | None:
         steps = self.runs[name]
@@ -206,7 +224,9 @@ class Run:
 
     def _decide(self) -> None:
         for name, steps in self.runs.items():
-            self.decided[name] = results.decide(steps.recipe, steps.documents) if self.gates and steps.complete else []
+            self.decided[name] = (
+                results.decide(steps.recipe, steps.documents) if self.gates and steps.complete else []
+            )
 
     def _passed(self, name: str) -> bool:
         return all(gate["passed"] for gate in self.decided.get(name, ()))
@@ -271,11 +291,18 @@ class Run:
         }  # fmt: skip
 
     def _output(self) -> dict[str, Any]:
-        found: dict[str, Any] = {"path": str(self.destination), "models": {name: str(self._path(name)) for name in self.published}}
+        found: dict[str, Any] = {
+            "path": str(self.destination),
+            "models": {name: str(self._path(name)) for name in self.published},
+        }
         if "" in self.published:
             steps = self.runs[""]
             made = steps.made[str(steps.recipe.publish)]
-            found |= {key: value for key, value in ((made.document or {}).get("output") or {}).items() if key not in ("path", "models", "unchanged")}
+            found |= {
+                key: value
+                for key, value in ((made.document or {}).get("output") or {}).items()
+                if key not in ("path", "models", "unchanged")
+            }
         return found
 
     def warnings(self) -> list[str]:
@@ -286,9 +313,17 @@ class Run:
         if not self.decided or (self.recipe.points and any(map(self._passed, self.runs))):
             return None
         if self.recipe.points:
-            said = "every model was published all the same" if self.published else f"the models stay in {self.work}"
-            return CheckFailed("E4001", f"none of the {len(self.runs)} points of the sweep passes all gates", help=said)
+            said = (
+                "every model was published all the same"
+                if self.published
+                else f"the models stay in {self.work}"
+            )
+            return CheckFailed(
+                "E4001", f"none of the {len(self.runs)} points of the sweep passes all gates", help=said
+            )
         path = self._path("")
+        if path == self.destination and not self.published:
+            return results.refusal(self.decided[""], f"{path} is left as an earlier run published it")
         said = (f"published all the same: {path}" if self.published else
                 f"nothing was published; the finished model is {path}, and --publish always publishes it" if path is not None else None)  # fmt: skip
         return results.refusal(self.decided[""], said or "no step makes a model, so nothing is withheld")
@@ -330,12 +365,22 @@ def _chosen(recipe: Recipe, only: Sequence[str], start: str | None, until: str |
     for name in (*only, *(one for one in (start, until) if one is not None)):
         if name not in order:
             near = close_matches(name, order)
-            raise UsageError("E2010", f'no step is called "{name[:60]}"', help=(f"{near} " if near else "") + f"steps: {', '.join(order)}")
+            raise UsageError(
+                "E2010",
+                f'no step is called "{name[:60]}"',
+                help=(f"{near} " if near else "") + f"steps: {', '.join(order)}",
+            )
     if only and (start or until):
-        raise UsageError("E2010", "--only says which steps run, and --from and --until say it too", help="give one of them")
+        raise UsageError(
+            "E2010", "--only says which steps run, and --from and --until say it too", help="give one of them"
+        )
     first, last = (order.index(start) if start else 0), (order.index(until) if until else len(order) - 1)
     if first > last:
-        raise UsageError("E2010", f"--from {start} comes after --until {until}", help="steps run in the order they are written")
+        raise UsageError(
+            "E2010",
+            f"--from {start} comes after --until {until}",
+            help="steps run in the order they are written",
+        )
     return frozenset(only or order[first : last + 1])
 
 

@@ -68,6 +68,9 @@ class Steps:
         self.made = {step.id: Made(step) for step in self.recipe.steps}
         self.models = {model.reference for model in self.recipe.models.values()}
         self._survey()
+        for made in self.made.values():
+            if made.path is not None and made.fingerprint is not None:
+                self.shared.setdefault(made.fingerprint, made)
 
     # ---- what is there ---------------------------------------------------------------------------
 
@@ -99,7 +102,9 @@ class Steps:
             if kept is None:
                 needed |= set(step.uses)
                 continue
-            self.made[step.id] = Made(step, "unchanged", path, kept.seconds, kept.document, kept.digest, kept.fingerprint)
+            self.made[step.id] = Made(
+                step, "unchanged", path, kept.seconds, kept.document, kept.digest, kept.fingerprint
+            )
 
     @staticmethod
     def _is_file(step: Step) -> bool:
@@ -116,16 +121,27 @@ class Steps:
 
     @property
     def results(self) -> dict[str, dict[str, float | None]]:
-        return {name: plain(values_of(self.made[name].step.verb, document)) for name, document in self.documents.items()}
+        return {
+            name: plain(values_of(self.made[name].step.verb, document))
+            for name, document in self.documents.items()
+        }
 
     @property
     def warnings(self) -> list[str]:
-        found = [f"{name}: {text}" for name, document in self.documents.items() for text in document.get("warnings") or ()]
+        found = [
+            f"{name}: {text}"
+            for name, document in self.documents.items()
+            for text in document.get("warnings") or ()
+        ]
         return list(dict.fromkeys(found))
 
     def waiting(self) -> list[Step]:
         """Return the steps that will run."""
-        return [step for step in self.recipe.steps if step.id in self.chosen and self.made[step.id].status != "unchanged"]
+        return [
+            step
+            for step in self.recipe.steps
+            if step.id in self.chosen and self.made[step.id].status != "unchanged"
+        ]
 
     def check_choice(self) -> None:
         """Refuse a choice of steps that read what is not there.
@@ -133,7 +149,9 @@ class Steps:
         Raises:
             UsageError: E2010.
         """
-        ready = {name for name, made in self.made.items() if made.status == "unchanged" and made.path is not None}
+        ready = {
+            name for name, made in self.made.items() if made.status == "unchanged" and made.path is not None
+        }
         for step in self.waiting():
             lacking = [name for name in step.uses if name not in ready]
             if lacking:
@@ -160,10 +178,16 @@ class Steps:
                 raise
 
     def _step(self, step: Step) -> None:
-        fingerprint = self.digests.step(step, self.models, {n: m.digest for n, m in self.made.items() if m.digest is not None})
+        fingerprint = self.digests.step(
+            step, self.models, {n: m.digest for n, m in self.made.items() if m.digest is not None}
+        )
         twin = self.shared.get(fingerprint)
         if twin is not None and step.id != self.recipe.publish and (twin.path is None or twin.path.exists()):
-            self.made[step.id] = Made(step, "unchanged", twin.path, twin.seconds, twin.document, twin.digest, fingerprint)
+            assert twin.document is not None
+            self.shelf.write(step, Kept(fingerprint, twin.digest, twin.document, twin.seconds or 0.0))
+            self.made[step.id] = Made(
+                step, "unchanged", twin.path, twin.seconds, twin.document, twin.digest, fingerprint
+            )
             return
         self._say(f"step {self.prefix}{step.id}: {step.verb}")
         began = time.perf_counter()
@@ -171,7 +195,11 @@ class Steps:
         options = self._resolved(step)
         target = place or self.shelf.result(step).with_suffix(".running.json")
         document = verbs.call(step.verb, options, target, self._told(step), anew=not self.resume)
-        if place is not None and (document.get("output") or {}).get("unchanged") and not _measured(step, document):
+        if (
+            place is not None
+            and (document.get("output") or {}).get("unchanged")
+            and not _measured(step, document)
+        ):
             # It was finished when an earlier run died, and what was measured of it died with that run.
             document = verbs.call(step.verb, options, target, self._told(step), anew=True)
         document = {"schema": 1, "command": step.verb, "exit_code": 0, "error": None, **document}
@@ -184,10 +212,14 @@ class Steps:
                 left.unlink(missing_ok=True)  # replies, kept to go on with
         self.made[step.id] = self.shared[fingerprint] = made
         if self.strict and document.get("warnings"):
-            raise UsageError("E220", f"--strict: step {self.prefix}{step.id}: {document['warnings'][0]}", where=step.where)
+            raise UsageError(
+                "E220", f"--strict: step {self.prefix}{step.id}: {document['warnings'][0]}", where=step.where
+            )
 
     def _resolved(self, step: Step) -> dict[str, Any]:
-        return replaced(step.options, lambda one: str(self.made[one.step].path) if isinstance(one, StepOutput) else one)
+        return replaced(
+            step.options, lambda one: str(self.made[one.step].path) if isinstance(one, StepOutput) else one
+        )
 
     def _told(self, step: Step) -> verbs.Machine:
         from dataclasses import replace
@@ -195,7 +227,10 @@ class Steps:
         tell = self.machine.progress
         if tell is None:
             return self.machine
-        return replace(self.machine, progress=lambda what, done, total: tell(f"{self.prefix}{step.id}: {what}", done, total))
+        return replace(
+            self.machine,
+            progress=lambda what, done, total: tell(f"{self.prefix}{step.id}: {what}", done, total),
+        )
 
     def _say(self, text: str) -> None:
         if self.machine.say is not None:
@@ -209,8 +244,16 @@ class Steps:
             waits = tuple(name for name in step.uses if self.made[name].path is None)
             document: dict[str, Any] = {"status": "dry-run", "warnings": []}
             if not waits:
-                beside = self.shelf.destination.with_name(f"{self.shelf.destination.name}.{step.id}{'.gguf' if self._is_file(step) else ''}")
-                document = verbs.call(step.verb, self._resolved(step), beside if step.writes else None, self._told(step), dry_run=True)
+                beside = self.shelf.destination.with_name(
+                    f"{self.shelf.destination.name}.{step.id}{'.gguf' if self._is_file(step) else ''}"
+                )
+                document = verbs.call(
+                    step.verb,
+                    self._resolved(step),
+                    beside if step.writes else None,
+                    self._told(step),
+                    dry_run=True,
+                )
                 if isinstance(document.get("output"), dict):
                     document["output"]["path"] = str(self.shelf.place(step, file=self._is_file(step)))
             self.made[step.id] = Made(step, "planned", None, None, document, waits=waits)

@@ -34,7 +34,15 @@ class Machine:
     stop: threading.Event | None = None
 
 
-def call(verb: str, options: dict[str, Any], output: Path | None, machine: Machine, *, dry_run: bool = False, anew: bool = False) -> dict[str, Any]:
+def call(
+    verb: str,
+    options: dict[str, Any],
+    output: Path | None,
+    machine: Machine,
+    *,
+    dry_run: bool = False,
+    anew: bool = False,
+) -> dict[str, Any]:
     """Run a step and return its command's document.
 
     Args:
@@ -55,19 +63,32 @@ def call(verb: str, options: dict[str, Any], output: Path | None, machine: Machi
 
 def gguf_asked(verb: str, options: dict[str, Any]) -> bool:
     """Say whether a step makes a GGUF file, not a folder."""
-    return (verb == "export" and options.get("to") == "gguf") or (verb == "quantize" and options.get("format") == "gguf")
+    return (verb == "export" and options.get("to") == "gguf") or (
+        verb == "quantize" and options.get("format") == "gguf"
+    )
 
 
-def _merge(options: dict[str, Any], output: Path | None, machine: Machine, dry: bool, resume: bool) -> dict[str, Any]:
+def _merge(
+    options: dict[str, Any], output: Path | None, machine: Machine, dry: bool, resume: bool
+) -> dict[str, Any]:
     assert output is not None
     request = api.build_request(**_placed(options, machine, ("device", "offline")), **{})
     planned = api.plan_merge(request, title=output.name)
     check = planned.check(output, threads=machine.threads, memory_limit=machine.memory_limit, overwrite=True)
     if not dry:
-        planned = planned.measure(output, threads=machine.threads, memory_limit=machine.memory_limit, progress=machine.progress, stop=machine.stop)
+        planned = planned.measure(
+            output,
+            threads=machine.threads,
+            memory_limit=machine.memory_limit,
+            progress=machine.progress,
+            stop=machine.stop,
+        )
     plan = planned.plan
     tensors = [tensor for group in plan.outputs().values() for tensor in group]
-    size = {"bytes": sum(tensor.nbytes for tensor in tensors), "parameters": sum(tensor.elements for tensor in tensors)}
+    size = {
+        "bytes": sum(tensor.nbytes for tensor in tensors),
+        "parameters": sum(tensor.elements for tensor in tensors),
+    }
     document = {
         "status": "dry-run" if dry else "ok", "output": {"path": str(output), **size},
         "plan": {"id": plan.plan_id(), "method": plan.recipe["method"], "parameters_of_method": plan.recipe["parameters"],
@@ -81,35 +102,60 @@ def _merge(options: dict[str, Any], output: Path | None, machine: Machine, dry: 
         output, threads=machine.threads, memory_limit=machine.memory_limit, overwrite=True, resume=resume, stop=machine.stop,
         progress=None if machine.progress is None else lambda done, total: machine.progress("merging", done, total),  # type: ignore[misc]
     )  # fmt: skip
-    digests = {name: d for body in outcome.manifests.values() for name, d in body["files"].items() if name.endswith(".safetensors")}
+    digests = {
+        name: d
+        for body in outcome.manifests.values()
+        for name, d in body["files"].items()
+        if name.endswith(".safetensors")
+    }
     document["output"] |= {"shards": len(digests), "sha256": digests, "unchanged": outcome.unchanged}
     return document | {"seconds": round(outcome.seconds, 3)}
 
 
-def _prune(options: dict[str, Any], output: Path | None, machine: Machine, dry: bool, resume: bool) -> dict[str, Any]:
+def _prune(
+    options: dict[str, Any], output: Path | None, machine: Machine, dry: bool, resume: bool
+) -> dict[str, Any]:
     return api.prune(output=output, overwrite=True, resume=resume, dry_run=dry, progress=machine.progress, say=machine.say,
                      stop=machine.stop, **_placed(options, machine, ("threads", "memory_limit", "device", "offline")))  # fmt: skip
 
 
-def _quantize(options: dict[str, Any], output: Path | None, machine: Machine, dry: bool, resume: bool) -> dict[str, Any]:
+def _quantize(
+    options: dict[str, Any], output: Path | None, machine: Machine, dry: bool, resume: bool
+) -> dict[str, Any]:
     return api.quantize(output=output, overwrite=True, resume=resume, dry_run=dry, progress=machine.progress, say=machine.say,
                         stop=machine.stop, **_placed(options, machine, ("threads", "memory_limit", "device", "offline")))  # fmt: skip
 
 
-def _edit(options: dict[str, Any], output: Path | None, machine: Machine, dry: bool, resume: bool) -> dict[str, Any]:
+def _edit(
+    options: dict[str, Any], output: Path | None, machine: Machine, dry: bool, resume: bool
+) -> dict[str, Any]:
     if dry:
         return _edit_rehearsed(options, output, machine)
     done = api.edit(output=output, overwrite=True, resume=resume, threads=machine.threads, memory_limit=machine.memory_limit,
                     progress=machine.progress, stop=machine.stop, **_placed(options, machine, ("device", "offline")))  # fmt: skip
     found: dict[str, Any] = {"path": str(done.path)}
     if done.outcome is not None:
-        files = {name: digest for body in done.outcome.manifests.values() for name, digest in body["files"].items()}
+        files = {
+            name: digest for body in done.outcome.manifests.values() for name, digest in body["files"].items()
+        }
         sizes = [body["output"] for body in done.outcome.manifests.values()]
         found |= {"unchanged": done.outcome.unchanged, "sha256": {n: d for n, d in files.items() if n.endswith(".safetensors")},
                   "parameters": sum(size["parameters"] for size in sizes), "bytes": sum(size["bytes"] for size in sizes)}  # fmt: skip
     quality = (done.report or {}).get("quality") or {}
-    metrics = {"kl": quality["kl"], "perplexity": [quality["perplexity_before"], quality["perplexity_after"]]} if quality else {}
-    return {"status": "ok", "output": found, "edit": done.report, "metrics": metrics, "gates": [], "notes": done.notes, "warnings": done.warnings}
+    metrics = (
+        {"kl": quality["kl"], "perplexity": [quality["perplexity_before"], quality["perplexity_after"]]}
+        if quality
+        else {}
+    )
+    return {
+        "status": "ok",
+        "output": found,
+        "edit": done.report,
+        "metrics": metrics,
+        "gates": [],
+        "notes": done.notes,
+        "warnings": done.warnings,
+    }
 
 
 def _edit_rehearsed(options: dict[str, Any], output: Path | None, machine: Machine) -> dict[str, Any]:
@@ -123,22 +169,34 @@ def _edit_rehearsed(options: dict[str, Any], output: Path | None, machine: Machi
         assert output is not None
         prepared = run.prepare(asked, source, title=output.name, dry=True, threads=machine.threads, memory_limit=machine.memory_limit,
                                progress=machine.progress, stop=machine.stop)  # fmt: skip
-    return {"status": "dry-run", "output": {"path": str(output)}, "edit": prepared.report, "notes": prepared.notes, "warnings": prepared.warnings}
+    return {
+        "status": "dry-run",
+        "output": {"path": str(output)},
+        "edit": prepared.report,
+        "notes": prepared.notes,
+        "warnings": prepared.warnings,
+    }
 
 
-def _export(options: dict[str, Any], output: Path | None, machine: Machine, dry: bool, resume: bool) -> dict[str, Any]:
+def _export(
+    options: dict[str, Any], output: Path | None, machine: Machine, dry: bool, resume: bool
+) -> dict[str, Any]:
     return api.export(output=output, overwrite=True, resume=resume, dry_run=dry, threads=machine.threads, memory_limit=machine.memory_limit,
                       progress=machine.progress, stop=machine.stop, **_placed(options, machine, ("offline",)))  # fmt: skip
 
 
-def _measure(options: dict[str, Any], output: Path | None, machine: Machine, dry: bool, resume: bool) -> dict[str, Any]:
+def _measure(
+    options: dict[str, Any], output: Path | None, machine: Machine, dry: bool, resume: bool
+) -> dict[str, Any]:
     if dry:
         return {"status": "dry-run", "warnings": []}
     return {"status": "ok", **api.measure(progress=machine.progress, stop=machine.stop,
                                           **_placed(options, machine, ("threads", "memory_limit", "device", "offline")))}  # fmt: skip
 
 
-def _eval(options: dict[str, Any], output: Path | None, machine: Machine, dry: bool, resume: bool) -> dict[str, Any]:
+def _eval(
+    options: dict[str, Any], output: Path | None, machine: Machine, dry: bool, resume: bool
+) -> dict[str, Any]:
     if dry:
         return {"status": "dry-run", "warnings": []}
     return api.evaluate(output=str(output), overwrite=True, resume=resume, progress=machine.progress, stop=machine.stop,

@@ -20,7 +20,7 @@ from surgeon.quantize.allocation import sensitivity_file, target_size
 from surgeon.quantize.allocation.menus import KEPT, Allocation, Alternative, Menu, monotone, tied
 from surgeon.quantize.allocation.sensitivity import Sensitivities
 from surgeon.quantize.request import MENU
-from surgeon.quantize.scheme_names import by_name
+from surgeon.quantize.scheme_names import Wanted, by_name, parse
 from surgeon.quantize.session import Schemes, Session
 from surgeon.quantize.sizes import file_bytes, fixed_bytes, matrix_bytes, word
 
@@ -38,6 +38,7 @@ class Decision:
         sensitivities: what the losses came from.
         tried: of a divergence: (bytes, divergence) of every plan that was measured.
         remarks: sentences for the user.
+        record: how widths of experts were found.
     """
 
     schemes: Schemes
@@ -45,6 +46,7 @@ class Decision:
     sensitivities: Sensitivities | None = None
     tried: tuple[tuple[int, float], ...] = ()
     remarks: tuple[str, ...] = ()
+    record: dict[str, Any] | None = None
 
 
 def decide(session: Session, divergence: Callable[[Schemes], float]) -> Decision:
@@ -62,6 +64,8 @@ def decide(session: Session, divergence: Callable[[Schemes], float]) -> Decision
     target = session.request.target
     if target is None:
         return Decision(wishes.assigned(session))
+    if session.request.allocation == "pmq":
+        return by_expert_bits(session, target[1])
     table = sensitivities(session, schemes_of_menu(session))
     found = alternatives(session, table)
     kind, value = target
@@ -98,6 +102,45 @@ def _remarks(allocation: Allocation, table: Sensitivities) -> list[str]:
     if table.estimated:
         said.append(f"{len(table.estimated)} matrices saw no token: their losses are those of like ones")
     return said
+
+
+def by_expert_bits(session: Session, average: float) -> Decision:
+    """Return widths of experts as PMQ chooses them, by importance and error; what is not of experts has W4A16 or what patterns say.
+
+    Source: MC-MoE (2410.06270), MC# (2510.10962).
+
+    Raises:
+        UsageError: E462 an average out of reach, E488 a granularity; InputError: E477 no experts.
+    """
+    from surgeon.quantize.expert_bits import expert_bits
+    from surgeon.quantize.measuring.pmq_scores import pmq_scores
+    from surgeon.structure.experts.find import experts_of
+
+    request = session.request
+    menu = [scheme for scheme in schemes_of_menu(session) if scheme.kind == "int"]
+    scores = pmq_scores(
+        session.checkpoint, experts_of(session.checkpoint), session.linear.layers, menu, session.form, session.texts.statistics,
+        session.settings, session.options, progress=session.tell, stop=session.stop,
+    )  # fmt: skip
+    matrices = wishes.every(session)
+    found = expert_bits(
+        scores, menu, average, elements={name: m.elements for name, m in matrices.items()},
+        granularity=request.granularity, scope="model" if request.scope == "model" else "layer", must=request.must_appear,
+    )  # fmt: skip
+    asked = wishes.wishes(session)
+    rest = parse("W4A16", session.form.name, group_size=request.group_size, symmetric=request.symmetric)
+    wanted = {m.tensor: asked.fixed.get(m.tensor, rest) for m in session.linear.matrices}
+    wanted |= {name: Wanted(scheme) for name, scheme in found.schemes.items()}
+    head = session.linear.head
+    if head is not None and head.tensor in asked.fixed:
+        wanted[head.tensor] = asked.fixed[head.tensor]
+    schemes = wishes.settle(session, wanted)
+    said = [f"experts have {found.nominal:.3g} bits on average, {found.stored:.4g} with scales"]
+    if found.pinned:
+        said.append(f"{len(found.pinned)} super experts have the largest width")
+    if found.unused:
+        said.append(f"{len(found.unused)} experts saw no token and have the smallest width")
+    return Decision(schemes, remarks=tuple(said), record=found.record())
 
 
 # ---- what may be chosen -------------------------------------------------------------------------------
@@ -181,12 +224,24 @@ def sensitivities(session: Session, menu: Sequence[Scheme]) -> Sensitivities:
     table = measuring.measure(
         request.sensitivity, session.checkpoint, layers, menu, session.form,
         session.texts.statistics if request.sensitivity != "weight" else (), session.settings, session.options,
-        session.work / "sensitivities", progress=session.tell, stop=session.stop,
+        session.work / "sensitivities", search=session.texts.search if request.sensitivity == "kl" else (),
+        groups=_groups(session, menu) if request.sensitivity == "kl" else None, seed=request.seed,
+        progress=session.tell, stop=session.stop,
     )  # fmt: skip
     if given is not None:
         given.parent.mkdir(parents=True, exist_ok=True)
         sensitivity_file.save(given, table)
     return table
+
+
+def _groups(session: Session, menu: Sequence[Scheme]) -> dict[str, str]:
+    """Return matrix -> the first of those it is tied to."""
+    shapes = {m.tensor: (m.rows, m.columns) for m in session.linear.matrices}
+    return {
+        name: choice.names[0]
+        for choice in session.form.choices(shapes, [*menu, None])[0]
+        for name in choice.names
+    }
 
 
 # ---- plans --------------------------------------------------------------------------------------------
@@ -225,6 +280,7 @@ def plan_document(session: Session, decision: Decision, records: Sequence[dict[s
         "matrices": {name: word(scheme) for name, scheme in decision.schemes.items()},
         "allocation": None if allocation is None else allocation.record(),
         "sensitivity": None if decision.sensitivities is None else decision.sensitivities.kind,
+        "experts": decision.record,
         "tried": [{"bytes": size, "kl": kl} for size, kl in decision.tried],
         "records": list(records),
     }  # fmt: skip

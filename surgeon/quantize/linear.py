@@ -87,6 +87,9 @@ def named(pattern: str, linear: Linear, checkpoint: Checkpoint) -> set[str]:
     """
     known = {m.tensor for m in linear.matrices} | ({linear.head.tensor} if linear.head else set())
     found = {n for n in known if matches(pattern, n) or matches(pattern, n.removesuffix(".weight"))}
+    if not found and pattern in ("lm_head", "lm_head.weight") and linear.head is None:
+        raise InputError("E231", f'--scheme "{pattern}=...": the output head is the embedding, which stays as it is',
+                         help="leave the pattern out; untie the two before, if the head has to be quantized")  # fmt: skip
     if not found:
         select(
             pattern,

@@ -106,7 +106,7 @@ class Inputs:
         train, held = self._sums[module]
         self._tokens[module] = self._tokens.get(module, 0) + len(inputs)
         if held is None:
-            train.add(inputs, None, original)
+            train.add(inputs, gates, original)
             return
         apart = _apart(samples).to(inputs.device)
         for moments, rows in ((train, ~apart), (held, apart)):

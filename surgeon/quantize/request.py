@@ -57,6 +57,11 @@ class QuantizeRequest(BaseModel):
     ignore: tuple[str, ...] | None = None
     sensitivity: str = "rel-output"
     sensitivities: str | None = None
+    allocation: Literal["optimal", "pmq"] = "optimal"
+    granularity: Literal["expert", "layer", "projection"] = "expert"
+    scope: Literal["layer", "model"] = "layer"
+    must_appear: tuple[int, ...] = ()
+    drop_experts: bool = False
     order: Literal["static-act", "group-aware", "none"] = "static-act"
     damp: float = Field(default=0.01, gt=0)
     clip: bool | None = None
@@ -157,6 +162,7 @@ class QuantizeRequest(BaseModel):
             value = getattr(self, name)
             if value and not sensible:
                 raise UsageError("E217", f"{_option(name)} has no effect: {reasons.get(name, 'rounding to nearest looks at no text')}", help="leave it out")  # fmt: skip
+        self._check_experts(targeted)
         if self.sensitivity != "rel-output" and not targeted:
             raise UsageError("E217", "--sensitivity has no effect without a target", help="--target-bits, --target-size or --target-kl")  # fmt: skip
         if self.runtime != "transformers" and self.format in ("bitsandbytes", "gguf"):
@@ -166,6 +172,24 @@ class QuantizeRequest(BaseModel):
         if self.format == "bitsandbytes" and self.method not in (None, "rtn", "awq"):
             raise UsageError("E217", f"bitsandbytes has tables of numbers of its own; {self.method} works on evenly spaced ones",
                              help="--method rtn, or --format compressed-tensors")  # fmt: skip
+
+    def _check_experts(self, targeted: bool) -> None:
+        """Refuse options of mixtures that do not go together."""
+        if self.allocation == "pmq" and (self.target_bits is None or self.drop_experts):
+            raise UsageError("E217", "--allocation pmq chooses widths of experts for an average of bits", help="--target-bits 2.5, without --drop-experts")  # fmt: skip
+        if self.allocation == "pmq" and self.sensitivity != "rel-output":
+            raise UsageError("E217", "--sensitivity has no effect on --allocation pmq, which has a score of its own", help="leave it out")  # fmt: skip
+        if self.drop_experts and self.format == "gguf":
+            raise UsageError("E217", "--drop-experts writes folders", help="surgeon prune --keep-experts first, then --format gguf")  # fmt: skip
+        if self.drop_experts and self.target_size is None:
+            raise UsageError("E217", "--drop-experts decides about experts and bits together, for a size", help="--target-size 20GB")  # fmt: skip
+        for name in ("granularity", "scope", "must_appear"):
+            if (
+                self.allocation != "pmq"
+                and getattr(self, name) != type(self).model_fields[name].default
+                and not (name == "granularity" and self.drop_experts)
+            ):
+                raise UsageError("E217", f"{_option(name)} has no effect without --allocation pmq", help="leave it out")  # fmt: skip
 
     def work_folder(self, destination: Path) -> Path:
         """Return where layers and sensitivities lie: a folder of its own in --work, or in OUT.work."""
@@ -179,8 +203,9 @@ def build(**values: Any) -> QuantizeRequest:
     Raises:
         UsageError: E216, E217, E221, E231.
     """
-    if isinstance(values.get("bits"), int):
-        values["bits"] = (values["bits"],)
+    for name in ("bits", "must_appear"):
+        if isinstance(values.get(name), int):
+            values[name] = (values[name],)
     for name in ("method", "sensitivity", "format"):
         if isinstance(values.get(name), str):
             values[name] = values[name].replace("_", "-").lower()

@@ -17,6 +17,7 @@ from surgeon.calibrate import quality
 from surgeon.calibrate.activation_gradients import spilled_bytes
 from surgeon.checkpoint.checkpoint import Checkpoint, open_path
 from surgeon.checkpoint.strict_json import read_json_object
+from surgeon.deploy import export_gguf
 from surgeon.derive import Derived, Source, plan_of
 from surgeon.errors import InputError, SurgeonError
 from surgeon.execute import Outcome, execute
@@ -24,7 +25,7 @@ from surgeon.formats.dequantized import dequantized
 from surgeon.output.manifest import MANIFEST
 from surgeon.output.places import check_places, enough_disk, inputs_of, locked, same_result
 from surgeon.plan import Plan
-from surgeon.quantize import decide, wishes
+from surgeon.quantize import decide, gguf_file, wishes
 from surgeon.quantize.decide import PLAN_FILE, Decision
 from surgeon.quantize.request import QuantizeRequest
 from surgeon.quantize.scheme_names import by_name, parse
@@ -43,6 +44,7 @@ NOT_RUNNABLE = ("E375", "E380", "E381", "E382")
 class Made:
     """A quantized model before it is published."""
 
+    session: Session
     decision: Decision
     finished: Finished
     view: QuantizedView
@@ -93,28 +95,34 @@ def quantize(
     _ = session.checkpoint, session.linear, session.form
     named = wishes.assigned(session) if request.target is None and request.plan is None else None
     document = _document(session, destination)
+    if not session.form.folder:
+        export_gguf.check_place(destination)
     same = _unchanged(session, destination) if resume else None
     if same is not None:
         return {**document, **same, "seconds": _since(started)}
     inputs = inputs_of(source)
-    check_places(session.work, destination, inputs, overwrite=overwrite)
+    check_places(session.work, destination, inputs, overwrite=overwrite, is_file=not session.form.folder)
     needs = enough_disk(_disk_bytes(session), destination, session.work)
     if dry_run:
-        return {**document, **_rehearsed(session, needs, named, document["output"]), "seconds": _since(started)}
+        return {
+            **document,
+            **_rehearsed(session, needs, named, document["output"]),
+            "seconds": _since(started),
+        }
     with locked(session):
         if not resume:
             shutil.rmtree(session.work, ignore_errors=True)
-        made = _make(session, destination.name)
-        outcome, plan_id = _publish(session, made, destination, inputs, overwrite=overwrite, resume=resume)
+        if session.form.folder:
+            made = _make(session, destination.name)
+            found = _as_folder(made, destination, inputs, overwrite=overwrite, resume=resume)
+        else:
+            found = _as_file(session, destination, overwrite=overwrite)
         if not request.work:
             shutil.rmtree(session.work, ignore_errors=True)
     if not request.work:
         with suppress(OSError):  # other things may lie there: steps of a recipe
             session.work.parent.rmdir()
-    return {
-        **document, **_published(session, made, outcome), "plan": {"id": plan_id}, "seconds": _since(started),
-        "peak_memory_bytes": peak_memory(),
-    }  # fmt: skip
+    return {**document, **found, "seconds": _since(started), "peak_memory_bytes": peak_memory()}
 
 
 def _resolved(request: QuantizeRequest, say: Say) -> QuantizeRequest:
@@ -151,21 +159,69 @@ def _schemes_in(plan: Path) -> list[Any]:
 # ---- making it ------------------------------------------------------------------------------------
 
 
-def _make(session: Session, title: str) -> Made:
-    """Return the quantized model: decided, its layers made, written, read by its real reader, its quality measured."""
+@dataclass
+class Solved:
+    """Layers of a model as they are stored, and what they came from."""
+
+    session: Session
+    decision: Decision
+    working: Checkpoint
+    finished: Finished
+    remarks: list[str]
+
+
+def _solve(session: Session) -> Solved:
+    """Return all layers, quantized as was decided."""
     if session.needs_text:
         _ = session.texts
-    decision = decide.decide(session, lambda schemes: _divergence(session, schemes))
+    if session.request.drop_experts:
+        from surgeon.quantize.dropping import dropped
+
+        session, decision = dropped(session)
+    else:
+        decision = decide.decide(session, lambda schemes: _divergence(session, schemes))
     working, scaling = _scaled(session, decision.schemes)
     finished = _layers(session, decision.schemes, working)
-    view = _view(session, decision.schemes, finished, working)
+    return Solved(session, decision, working, finished, [*decision.remarks, *scaling, *_facts(finished)])
+
+
+def _make(session: Session, title: str) -> Made:
+    """Return the quantized model: decided, its layers made, written, read by its real reader, its quality measured."""
+    solved = _solve(session)
+    session, decision, finished, remarks = solved.session, solved.decision, solved.finished, solved.remarks
+    view = _view(session, decision.schemes, finished, solved.working)
     derived = _derived(session, decision, finished, view, title)
-    remarks = [*decision.remarks, *scaling, *_facts(finished)]
-    found = _quality(session, view, remarks)
+    found = _quality(session, dequantized(view), remarks)
     reading = _read_back(session, derived, view)
     if reading.get("notice"):
         remarks.append(reading["notice"])
-    return Made(decision, finished, view, derived, found, reading, remarks)
+    return Made(session, decision, finished, view, derived, found, reading, remarks)
+
+
+def _as_file(session: Session, where: Path, *, overwrite: bool) -> dict[str, Any]:
+    """Write one GGUF file and return the part of the document about it."""
+    solved = _solve(session)
+    found = _quality(session, gguf_file.dequantized(solved.working, solved.finished), solved.remarks)
+    written = gguf_file.write(session, solved.working, solved.finished, where, overwrite=overwrite)
+    reading = gguf_file.reading(written["check"])
+    notes = [reading["notice"]] if reading.get("notice") else []
+    output = {
+        "path": str(where), "bytes": written["output"]["bytes"], "bits": bits_of(session, solved.decision.schemes),
+        "parameters": sum(info.elements for info in session.checkpoint.tensors.values()), "unchanged": False, "shards": 1,
+        "sha256": written["output"]["sha256"],
+    }  # fmt: skip
+    return {
+        **_about(session, solved.decision, solved.finished), "output": output, "plan": {"id": None}, "quality": found,
+        "metrics": _metrics(found), "reading": reading, "remarks": [*solved.remarks, *written["notes"], *notes],
+    }  # fmt: skip
+
+
+def _as_folder(
+    made: Made, destination: Path, inputs: list[Path], *, overwrite: bool, resume: bool
+) -> dict[str, Any]:
+    """Publish a folder and return the part of the document about it."""
+    outcome, plan_id = _publish(made.session, made, destination, inputs, overwrite=overwrite, resume=resume)
+    return {**_published(made.session, made, outcome), "plan": {"id": plan_id}}
 
 
 def _scaled(session: Session, schemes: Schemes) -> tuple[Checkpoint, list[str]]:
@@ -181,7 +237,10 @@ def _scaled(session: Session, schemes: Schemes) -> tuple[Checkpoint, list[str]]:
     )  # fmt: skip
     scaled = [site for site in record["sites"] if site["exponent"]]
     said = [f"{len(scaled)} of {len(record['sites'])} places were scaled"]
-    said += [f"{count} places cannot be scaled: {reason}" for reason, count in Counter(s["reason"] for s in record["skipped"]).items()]
+    said += [
+        f"{count} places cannot be scaled: {reason}"
+        for reason, count in Counter(s["reason"] for s in record["skipped"]).items()
+    ]
     return view, said
 
 
@@ -212,18 +271,22 @@ def _view(
 def _divergence(session: Session, schemes: Schemes) -> float:
     """Return KL(source || quantized) on the search text, for a target divergence."""
     wishes.check(session, schemes)
-    view = dequantized(_view(session, schemes, _layers(session, schemes)))
-    found = quality.compare(session.checkpoint, view, session.texts.search, session.plain_settings,
+    finished = _layers(session, schemes)
+    if session.form.folder:
+        view: Checkpoint = dequantized(_view(session, schemes, finished))
+    else:
+        view = gguf_file.dequantized(session.checkpoint, finished)
+    found = quality.compare(session.judge, view, session.texts.search, session.plain_settings,
                             decoder=session.decoder, stop=session.stop)  # fmt: skip
     return float(found["kl"] if session.decoder else found["nmse"])
 
 
-def _quality(session: Session, view: QuantizedView, remarks: list[str]) -> dict[str, Any]:
+def _quality(session: Session, meant: Checkpoint, remarks: list[str]) -> dict[str, Any]:
     """Return quality on held-out text before and after; a remark where the model cannot be run here."""
     session.tell("measuring quality", 0, 1)
     try:
         return quality.compare(
-            session.checkpoint, dequantized(view), session.texts.held_out, session.plain_settings,
+            session.judge, meant, session.texts.held_out, session.plain_settings,
             decoder=session.decoder, reference=session.reference, stop=session.stop,
         )  # fmt: skip
     except InputError as error:
@@ -407,37 +470,47 @@ def _rehearsed(
     return found
 
 
-def _published(session: Session, made: Made, outcome: Outcome) -> dict[str, Any]:
-    manifest = outcome.manifests[""]
-    folder = outcome.path
-    decision = made.decision
-    weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    errors = [record["error"] for record in made.finished.records if record.get("error") is not None]
-    predicted = None if decision.allocation is None else decision.allocation.loss
+def _about(session: Session, decision: Decision, finished: Finished) -> dict[str, Any]:
+    """Return the parts of a document that say what was decided and what it cost."""
+    allocation = decision.allocation
+    errors = [record["error"] for record in finished.records if record.get("error") is not None]
+    predicted = None if allocation is None else allocation.loss
     return {
-        "output": {
-            "path": str(folder), "bytes": weights, "bits": bits_of(session, decision.schemes),
-            "parameters": made.derived.parameters_in_all, "unchanged": outcome.unchanged,
-            "shards": len(list(folder.glob("*.safetensors"))),
-            "sha256": {n: d for n, d in manifest["files"].items() if n.endswith(".safetensors")},
-        },
         "schemes": _table(session, decision),
-        "allocation": None if decision.allocation is None else {
+        "allocation": None if allocation is None else {
             "sensitivity": decision.sensitivities.kind if decision.sensitivities else None,
-            "predicted_loss": predicted, "status": decision.allocation.status, "gap": decision.allocation.gap,
-            "greedy_gap": decision.allocation.greedy_gap, "alternative": decision.allocation.alternative,
+            "predicted_loss": predicted, "status": allocation.status, "gap": allocation.gap,
+            "greedy_gap": allocation.greedy_gap, "alternative": allocation.alternative,
             "tried": [{"bytes": size, "kl": kl} for size, kl in decision.tried],
         },
         "loss": {"predicted": predicted, "remeasured": sum(errors) if errors else None},
-        "metrics": {name: made.quality[name] for name in ("perplexity", "kl", "top1", "cosine", "nmse") if name in made.quality},
-        "quality": made.quality, "reading": made.reading, "remarks": made.remarks,
         "calibration": session.texts.record if session.needs_text else None,
         "warnings": list(dict.fromkeys(session.warnings)),
     }  # fmt: skip
 
 
+def _metrics(found: dict[str, Any]) -> dict[str, Any]:
+    return {name: found[name] for name in ("perplexity", "kl", "top1", "cosine", "nmse") if name in found}
+
+
+def _published(session: Session, made: Made, outcome: Outcome) -> dict[str, Any]:
+    manifest, folder = outcome.manifests[""], outcome.path
+    return {
+        **_about(session, made.decision, made.finished),
+        "output": {
+            "path": str(folder), "bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
+            "bits": bits_of(session, made.decision.schemes), "parameters": made.derived.parameters_in_all,
+            "unchanged": outcome.unchanged, "shards": len(list(folder.glob("*.safetensors"))),
+            "sha256": {n: d for n, d in manifest["files"].items() if n.endswith(".safetensors")},
+        },
+        "metrics": _metrics(made.quality), "quality": made.quality, "reading": made.reading, "remarks": made.remarks,
+    }  # fmt: skip
+
+
 def _unchanged(session: Session, destination: Path) -> dict[str, Any] | None:
     """Return what is said when the destination already holds what is asked for, verified."""
+    if not session.form.folder:
+        return gguf_file.unchanged(session, destination)
     try:
         manifest = json.loads((destination / MANIFEST).read_bytes())
         if manifest["recipe"].get("verb") != "quantize" or not same_result(session, manifest):

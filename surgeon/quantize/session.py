@@ -16,7 +16,7 @@ from surgeon.calibrate import divided, quality
 from surgeon.calibrate.matrices import Matrix
 from surgeon.calibrate.settings import Settings
 from surgeon.checkpoint.checkpoint import Checkpoint
-from surgeon.checkpoint.dtypes import CODES, DTYPES
+from surgeon.checkpoint.dtypes import CODES, CONFIG_NAMES, DTYPES
 from surgeon.derive import Source
 from surgeon.errors import InputError, UsageError, Where
 from surgeon.formats.compressed_runtimes import Reader
@@ -49,6 +49,7 @@ class Session:
         stop: set to end early.
         warnings: sentences for the user.
         said: what was told already and need not be told again.
+        original: what the result is judged by, where the model here is already a part of it.
     """
 
     source: Source
@@ -59,6 +60,7 @@ class Session:
     stop: threading.Event | None = None
     warnings: list[str] = field(default_factory=list)
     said: set[str] = field(default_factory=set)
+    original: Checkpoint | None = None
 
     # ---- the model ---------------------------------------------------------------------------------
 
@@ -125,6 +127,18 @@ class Session:
         code = target if DTYPES[info.dtype].family == "float" else info.dtype
         return code, info.elements * DTYPES[code].bits // 8
 
+    @cached_property
+    def gguf_sizes(self) -> Any:
+        """What tells the bytes of a GGUF file, `surgeon.deploy.gguf.Sizes`."""
+        from surgeon.deploy import export_gguf
+
+        return export_gguf.sizes(
+            self.source,
+            self.checkpoint,
+            dtype=CONFIG_NAMES[self.dtype],
+            name=export_gguf.model_name(self.source),
+        )
+
     # ---- conditions --------------------------------------------------------------------------------
 
     @cached_property
@@ -169,10 +183,15 @@ class Session:
         names = (self.checkpoint.config or {}).get("architectures") or []
         return any("CausalLM" in str(name) or "LMHead" in str(name) for name in names)
 
+    @property
+    def judge(self) -> Checkpoint:
+        """The model that results are compared with."""
+        return self.original or self.checkpoint
+
     @cached_property
     def reference(self) -> list[Tensor]:
         """Last hidden states of the source on the held-out text."""
-        return quality.last_states(self.checkpoint, self.texts.held_out, self.plain_settings, stop=self.stop)
+        return quality.last_states(self.judge, self.texts.held_out, self.plain_settings, stop=self.stop)
 
     def release(self) -> None:
         """Nothing is held between steps."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from surgeon.checkpoint.checkpoint import Checkpoint
+from surgeon.formats import gguf_blocks
 from surgeon.formats.scheme import Scheme
 from surgeon.output.layout import lay_out
 from surgeon.plan import OutputTensor
@@ -34,8 +35,16 @@ def outputs_of(view: Checkpoint) -> list[OutputTensor]:
 
 def file_bytes(session: Session, schemes: Schemes) -> int:
     """Return the bytes of all weight files, headers included."""
+    if not session.form.folder:
+        return session.gguf_sizes.of(gguf_types(schemes))
     view = outline(session, schemes)
     return sum(shard.size for shard in lay_out(outputs_of(view), session.request.max_shard_size).shards)
+
+
+def gguf_types(schemes: Schemes) -> dict[str, str]:
+    """Return the types of llama.cpp that stand for schemes, of what is quantized."""
+    kinds = {name: gguf_blocks.type_of(scheme) for name, scheme in schemes.items() if scheme is not None}
+    return {name: kind for name, kind in kinds.items() if kind is not None}
 
 
 def matrix_bytes(
@@ -58,6 +67,9 @@ def word(scheme: Scheme | None) -> str:
 
 def fixed_bytes(session: Session, counted: set[str]) -> int:
     """Return the bytes of all tensors no menu counts, an upper bound of their part in headers included."""
+    if not session.form.folder:
+        tensors = session.checkpoint.tensors
+        return session.gguf_sizes.of() - sum(session.stored(name)[1] for name in counted if name in tensors)
     total = 0
     for name, info in session.checkpoint.tensors.items():
         if name not in counted:

@@ -68,7 +68,9 @@ class QuantizedView:
             digest.update(f"{name}\0{scheme.name}\0".encode())
         self.identity = digest.hexdigest()
         modules = {name.removesuffix(".weight"): scheme for name, scheme in schemes.items()}
-        self.config = _config(source.config, form.config({**modules, **dict.fromkeys(others)}), dtype)
+        self.config: dict[str, Any] | None = _config(
+            source.config, form.config({**modules, **dict.fromkeys(others)}), dtype
+        )
 
     def _info(self, name: str, code: str, shape: tuple[int, ...], plain: TensorInfo) -> TensorInfo:
         held = self._files.get(name)
@@ -140,5 +142,6 @@ def _config(
                     section[key], named = CONFIG_NAMES[dtype], True  # type: ignore[index]
         if not named:
             found["torch_dtype"] = CONFIG_NAMES[dtype]
-    found["quantization_config"] = quantization
+    if quantization:
+        found["quantization_config"] = quantization
     return found

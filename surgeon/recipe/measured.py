@@ -20,7 +20,13 @@ from surgeon.scalars import show
 
 SIZES = ("bytes", "parameters")
 QUALITY = ("perplexity", "kl", "top1", "cosine", "nmse")
-TIMED = ("seconds", "prefill_seconds", "prefill_tokens_per_second", "decode_seconds", "decode_tokens_per_second")
+TIMED = (
+    "seconds",
+    "prefill_seconds",
+    "prefill_tokens_per_second",
+    "decode_seconds",
+    "decode_tokens_per_second",
+)
 
 
 def metrics_of(step: Step) -> tuple[str, ...]:
@@ -29,7 +35,14 @@ def metrics_of(step: Step) -> tuple[str, ...]:
     if step.verb == "eval":
         found = []
         if options.get("questions"):
-            found += [*MEASURED, *(() if options.get("length") else (*JUDGED, *(f"pass@{k}" for k in options.get("pass_at") or ())))]
+            found += [
+                *MEASURED,
+                *(
+                    ()
+                    if options.get("length")
+                    else (*JUDGED, *(f"pass@{k}" for k in options.get("pass_at") or ()))
+                ),
+            ]
         found += ["perplexity"] if options.get("perplexity") else []
         found += ["kl", "top1_agreement"] if options.get("kl") else []
         return (*found, *(f"{task}_accuracy" for task in options.get("tasks") or ()))
@@ -66,7 +79,12 @@ def read_gates(reading: Reading, steps: list[Step], published: str | None) -> li
     if given is None:
         return []
     if not isinstance(given, list):
-        reading.refuse("E226", f"{show(given)} where a list of gates is expected", ("gates",), "gates: ['accuracy >= baseline - 0.02']")
+        reading.refuse(
+            "E226",
+            f"{show(given)} where a list of gates is expected",
+            ("gates",),
+            "gates: ['accuracy >= baseline - 0.02']",
+        )
         return []
     found = []
     for number, text in enumerate(given):
@@ -85,10 +103,17 @@ def read_gates(reading: Reading, steps: list[Step], published: str | None) -> li
     return found
 
 
-def _placed(reading: Reading, gate: Gate, steps: list[Step], published: str | None, path: KeyPath) -> RecipeGate | None:
+def _placed(
+    reading: Reading, gate: Gate, steps: list[Step], published: str | None, path: KeyPath
+) -> RecipeGate | None:
     where = reading.document.where(path)
     if "ref" in gate.names:
-        reading.refuse("E226", f'the gate "{printable(gate.text)[:80]}" uses ref', path, "gates of a recipe compare with baseline")
+        reading.refuse(
+            "E226",
+            f'the gate "{printable(gate.text)[:80]}" uses ref',
+            path,
+            "gates of a recipe compare with baseline",
+        )
         return None
     head, dot, rest = gate.metric.partition(".")
     if dot and any(step.id == head for step in steps):
@@ -96,7 +121,9 @@ def _placed(reading: Reading, gate: Gate, steps: list[Step], published: str | No
         owners = [step for step in steps if step.id == head and has(step, metric)]
         known = list(metrics_of(next(step for step in steps if step.id == head)))
     elif gate.metric in SIZES and published is not None:
-        if "baseline" in gate.names and not any(step.options.get("baseline") for step in steps if step.verb == "eval"):
+        if "baseline" in gate.names and not any(
+            step.options.get("baseline") for step in steps if step.verb == "eval"
+        ):
             return _without_baseline(reading, gate, path)
         return RecipeGate(gate, None, gate.metric, where)
     else:
@@ -104,13 +131,20 @@ def _placed(reading: Reading, gate: Gate, steps: list[Step], published: str | No
         owners = [step for step in steps if has(step, metric)]
         known = sorted({name for step in steps for name in metrics_of(step)})
     if not owners:
-        near = close_matches(gate.metric, [*known, *(alias for alias, name in ALIASES.items() if name in known)])
+        near = close_matches(
+            gate.metric, [*known, *(alias for alias, name in ALIASES.items() if name in known)]
+        )
         reading.refuse("E226", f'the gate "{printable(gate.text)[:80]}" needs {printable(gate.metric)[:60]}, which no step measures', path,
                        near or f"measured are {known_list(known)}")  # fmt: skip
         return None
     judges = [step for step in owners if step.verb == "eval"]
     if len(judges) > 1:
-        reading.refuse("E226", f"{metric} is measured by {' and '.join(step.id for step in judges)}", path, f"write {judges[-1].id}.{metric}")
+        reading.refuse(
+            "E226",
+            f"{metric} is measured by {' and '.join(step.id for step in judges)}",
+            path,
+            f"write {judges[-1].id}.{metric}",
+        )
         return None
     owner = judges[0] if judges else next((s for s in reversed(owners) if s.verb == "measure"), owners[-1])
     if "baseline" in gate.names and not _compares(owner, metric):
@@ -126,7 +160,9 @@ def _compares(step: Step, metric: str) -> bool:
     """Say whether a step knows the metric of what it compares with, too."""
     if step.verb in ("prune", "quantize", "edit"):
         return metric == "perplexity"
-    return bool(step.options.get("baseline")) and (step.verb == "eval" and metric not in ("kl", "top1_agreement"))
+    return bool(step.options.get("baseline")) and (
+        step.verb == "eval" and metric not in ("kl", "top1_agreement")
+    )
 
 
 def _without_baseline(reading: Reading, gate: Gate, path: KeyPath) -> None:

@@ -12,6 +12,7 @@ import itertools
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,9 @@ def is_native(text: str, file: str | None = None) -> bool:
     documents = yaml.load_all(text, file, booleans="1.1")
     if len(documents) != 1 or not isinstance(documents[0].data, dict):
         return False
-    return "merge_method" not in documents[0].data and bool({"version", "steps", "extends"} & documents[0].data.keys())
+    return "merge_method" not in documents[0].data and bool(
+        {"version", "steps", "extends"} & documents[0].data.keys()
+    )
 
 
 def read(file: str | Path, settings: Sequence[str] = (), *, seed: int | None = None) -> Recipe:
@@ -69,22 +72,38 @@ def parse(document: Document) -> Recipe:
     reading = Reading(document)
     recipe = _read(reading)
     points = _sweep(reading) if not reading.errors else ()
-    raise_all(reading.errors)
+    raise_all(sorted(reading.errors, key=_place))
     assert recipe is not None
-    from dataclasses import replace
-
     return replace(recipe, points=points)
+
+
+def _place(error: SurgeonError) -> tuple[str, int, int]:
+    """Return where a mistake stands, so that they are shown in the order of the file."""
+    where = error.where or Where()
+    return where.file or "", where.line or 0, where.column or 0
 
 
 def _check_version(document: Document) -> None:
     data = document.data
     if not isinstance(data, dict):
-        raise UsageError("E202", "a recipe is a mapping that begins with version: 1", where=document.where(()))
+        raise UsageError(
+            "E202", "a recipe is a mapping that begins with version: 1", where=document.where(())
+        )
     if "version" not in data:
-        raise UsageError("E202", "the recipe does not say its version", where=document.where(()), help=f"begin with version: {VERSION}")
+        raise UsageError(
+            "E202",
+            "the recipe does not say its version",
+            where=document.where(()),
+            help=f"begin with version: {VERSION}",
+        )
     version = data["version"]
     if isinstance(version, bool) or not isinstance(version, int) or version < 1:
-        raise UsageError("E202", f"{show(version)} is no version of recipes", where=document.where(("version",)), help=f"version: {VERSION}")
+        raise UsageError(
+            "E202",
+            f"{show(version)} is no version of recipes",
+            where=document.where(("version",)),
+            help=f"version: {VERSION}",
+        )
     if version > VERSION:
         from surgeon import __version__
 
@@ -98,11 +117,21 @@ def _extended(document: Document, file: Path) -> Document:
         return document
     where, text = document.where(("extends",)), document.source(("extends",))
     if not text or not isinstance(document.data["extends"], str):
-        raise UsageError("E2003", f"{show(document.data['extends'])} is no file to extend", where=where, help="extends: base.yaml")
+        raise UsageError(
+            "E2003",
+            f"{show(document.data['extends'])} is no file to extend",
+            where=where,
+            help="extends: base.yaml",
+        )
     folder = file.absolute().parent
     place = folder / text
     if Path(text).is_absolute() or not place.resolve().is_relative_to(folder.resolve()):
-        raise UsageError("E2003", f"{show(text)} lies outside the recipe's folder", where=where, help="a recipe extends one beside it or below it")
+        raise UsageError(
+            "E2003",
+            f"{show(text)} lies outside the recipe's folder",
+            where=where,
+            help="a recipe extends one beside it or below it",
+        )
     if not place.is_file():
         raise UsageError("E2003", f"there is no {show(text)} to extend", where=where, help=_near(place))
     base = yaml.load_file(place)
@@ -145,7 +174,12 @@ def _name(reading: Reading) -> str:
         return Path(reading.document.file or "recipe").stem
     text = reading.text(("name",)) or "recipe"
     if not _NAMED.fullmatch(text):
-        reading.refuse("E224", f"{show(text)} is no name of a recipe", ("name",), "the output is called so when no -o is given: no / or :")
+        reading.refuse(
+            "E224",
+            f"{show(text)} is no name of a recipe",
+            ("name",),
+            "the output is called so when no -o is given: no / or :",
+        )
     return text
 
 
@@ -165,17 +199,36 @@ def _defaults(reading: Reading) -> dict[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, dict):
-        reading.refuse("E224", f"{show(value)} where defaults are expected", ("defaults",), "defaults: {dtype: bfloat16}")
+        reading.refuse(
+            "E224", f"{show(value)} where defaults are expected", ("defaults",), "defaults: {dtype: bfloat16}"
+        )
         return {}
-    known = {name for verb in VERBS.values() for name in verb.options if name not in verb.references and name != "models"}
+    known = {
+        name
+        for verb in VERBS.values()
+        for name in verb.options
+        if name not in verb.references and name != "models"
+    }
     found = {}
     for name, one in value.items():
         place: KeyPath = ("defaults", name)
         if name in MACHINE:
-            reading.refuse("E2008", f"{name} belongs to the run, not to the recipe", place, f"surgeon run ... {MACHINE[name]}", key=True)
+            reading.refuse(
+                "E2008",
+                f"{name} belongs to the run, not to the recipe",
+                place,
+                f"surgeon run ... {MACHINE[name]}",
+                key=True,
+            )
         elif name not in known:
             near = close_matches(name, known)
-            reading.refuse("E203", f"unknown key {show(name)} in defaults", place, (f"{near} " if near else "") + "an option of a step", key=True)
+            reading.refuse(
+                "E203",
+                f"unknown key {show(name)} in defaults",
+                place,
+                (f"{near} " if near else "") + "an option of a step",
+                key=True,
+            )
         else:
             found[name] = _bytes(reading, one, place) if name == "max_shard_size" else one
     return found
@@ -198,13 +251,23 @@ def _publish(reading: Reading, steps: list[Step]) -> tuple[str | None, str]:
     if value is None:
         return last, "on_pass"
     if not isinstance(value, dict):
-        reading.refuse("E2009", f"{show(value)} does not say what is published", ("publish",), "publish: {step: ID, when: on_pass}")
+        reading.refuse(
+            "E2009",
+            f"{show(value)} does not say what is published",
+            ("publish",),
+            "publish: {step: ID, when: on_pass}",
+        )
         return last, "on_pass"
     reading.check_keys(("publish",), PUBLISH, "publish")
     when = value.get("when", "on_pass")
     if when not in WHEN:
         near = close_matches(when, WHEN) if isinstance(when, str) else None
-        reading.refuse("E2009", f"{show(when)} is no time to publish", ("publish", "when"), near or f"one of {known_list(WHEN)}")
+        reading.refuse(
+            "E2009",
+            f"{show(when)} is no time to publish",
+            ("publish", "when"),
+            near or f"one of {known_list(WHEN)}",
+        )
         when = "on_pass"
     step = value.get("step", last)
     if step not in writing:
@@ -220,8 +283,14 @@ def _warnings(reading: Reading, names: Names, steps: list[Step]) -> list[str]:
     text = [reading.at(("steps", number, verb)) for number, (_, verb) in enumerate(names.steps) if verb]
     words = {str(one) for value in text for one in _words(value)}
     used = {str(step.options.get("model")) for step in steps}
-    found = [f'the model "{n}" is named and not used' for n, m in names.models.items() if n not in words and m.reference not in used]
-    return found + [f'the data set "{name}" is named and not used' for name in names.data if name not in words]
+    found = [
+        f'the model "{n}" is named and not used'
+        for n, m in names.models.items()
+        if n not in words and m.reference not in used
+    ]
+    return found + [
+        f'the data set "{name}" is named and not used' for name in names.data if name not in words
+    ]
 
 
 def _words(value: Any) -> list[Any]:
@@ -241,12 +310,22 @@ def _sweep(reading: Reading) -> tuple[Point, ...]:
     if given is None:
         return ()
     if not isinstance(given, dict) or not given:
-        reading.refuse("E2012", f"{show(given)} where a sweep is expected", ("sweep",), "sweep: {steps.merged.merge.parameters.lambda: [0.5, 1.0]}")
+        reading.refuse(
+            "E2012",
+            f"{show(given)} where a sweep is expected",
+            ("sweep",),
+            "sweep: {steps.merged.merge.parameters.lambda: [0.5, 1.0]}",
+        )
         return ()
     axes = [axis for words in given if (axis := _axis(reading, words, given[words])) is not None]
     count = math.prod(len(values) for _, values in axes)
     if count > MAX_POINTS:
-        reading.refuse("E2012", f"the sweep has {count:,} points", ("sweep",), f"at most {MAX_POINTS} models are made at once")
+        reading.refuse(
+            "E2012",
+            f"the sweep has {count:,} points",
+            ("sweep",),
+            f"at most {MAX_POINTS} models are made at once",
+        )
     if reading.errors:
         return ()
     names = _axis_names([words for words in given])
@@ -255,12 +334,19 @@ def _sweep(reading: Reading) -> tuple[Point, ...]:
         document, values, shown = reading.document, {}, []
         for (path, _), words, name, (number, value) in zip(axes, given, names, chosen, strict=True):
             place: KeyPath = ("sweep", words, number)
-            document = assign(document, path, value, reading.document.where(place), reading.document.source(place))
+            document = assign(
+                document, path, value, reading.document.where(place), reading.document.source(place)
+            )
             values[words] = value
             shown.append(f"{name}={_file_safe(value)}")
         key = ",".join(shown)
         if key in points:
-            reading.refuse("E2012", f"two points of the sweep would be called {show(key)}", ("sweep",), "values must differ in letters and digits")
+            reading.refuse(
+                "E2012",
+                f"two points of the sweep would be called {show(key)}",
+                ("sweep",),
+                "values must differ in letters and digits",
+            )
             return ()
         one = Reading(document)
         recipe = _read(one)
@@ -283,10 +369,22 @@ def _axis(reading: Reading, words: str, values: Any) -> tuple[KeyPath, list[Any]
         reading.errors.append(UsageError("E2012", error.message, where=error.where, help=error.help))
         return None
     if path[0] not in ("models", "data", "steps", "defaults", "seed"):
-        reading.refuse("E2012", f"{show(words)} cannot be swept", place, "a value of models, data, steps, defaults, or the seed", key=True)
+        reading.refuse(
+            "E2012",
+            f"{show(words)} cannot be swept",
+            place,
+            "a value of models, data, steps, defaults, or the seed",
+            key=True,
+        )
         return None
-    if not isinstance(values, list) or len(values) < 1 or any(isinstance(value, (list, dict)) for value in values):
-        reading.refuse("E2012", f"{show(values)} where a list of values is expected", place, "such as [0.4, 0.5, 0.6]")
+    if (
+        not isinstance(values, list)
+        or len(values) < 1
+        or any(isinstance(value, (list, dict)) for value in values)
+    ):
+        reading.refuse(
+            "E2012", f"{show(values)} where a list of values is expected", place, "such as [0.4, 0.5, 0.6]"
+        )
         return None
     return path, values
 
@@ -305,4 +403,9 @@ def _axis_names(axes: list[str]) -> list[str]:
 
 
 def _file_safe(value: Any) -> str:
-    return re.sub(r"[^A-Za-z0-9._+-]", "-", f"{value:g}" if isinstance(value, float) else str(value)).strip(".")[-40:] or "-"
+    return (
+        re.sub(r"[^A-Za-z0-9._+-]", "-", f"{value:g}" if isinstance(value, float) else str(value)).strip(".")[
+            -40:
+        ]
+        or "-"
+    )

@@ -33,7 +33,9 @@ def overlay(base: Document, over: Document) -> Document:
     return result
 
 
-def _lay(result: Document, over: Document, path: KeyPath, below: dict[str, Any], above: dict[str, Any]) -> None:
+def _lay(
+    result: Document, over: Document, path: KeyPath, below: dict[str, Any], above: dict[str, Any]
+) -> None:
     for key, value in above.items():
         place = (*path, key)
         if isinstance(value, dict) and isinstance(below.get(key), dict):
@@ -43,7 +45,11 @@ def _lay(result: Document, over: Document, path: KeyPath, below: dict[str, Any],
         else:
             below[key] = value
             _forget(result, place)
-            for mine, theirs in ((result.keys, over.keys), (result.values, over.values), (result.sources, over.sources)):
+            for mine, theirs in (
+                (result.keys, over.keys),
+                (result.values, over.values),
+                (result.sources, over.sources),
+            ):
                 mine.update({p: v for p, v in theirs.items() if p[: len(place)] == place})  # type: ignore[arg-type]
 
 
@@ -62,13 +68,23 @@ def set_option(document: Document, text: str) -> Document:
     words, sign, value = text.partition("=")
     where = Where(file=f"--set {text}")
     if not sign or not words.strip():
-        raise UsageError("E2002", f"--set {show(text)} sets nothing", where=where, help="--set models.long=./my-long")
+        raise UsageError(
+            "E2002", f"--set {show(text)} sets nothing", where=where, help="--set models.long=./my-long"
+        )
     path = find(document.data, words.strip(), where)
     given = yaml.load(value, where.file) if value.strip() else None
-    return assign(document, path, None if given is None else given.data, where, value if given is None else given.source(()))
+    return assign(
+        document,
+        path,
+        None if given is None else given.data,
+        where,
+        value if given is None else given.source(()),
+    )
 
 
-def assign(document: Document, path: KeyPath, value: Any, where: Where, source: str | None = None) -> Document:
+def assign(
+    document: Document, path: KeyPath, value: Any, where: Where, source: str | None = None
+) -> Document:
     """Return the document with ``value`` at ``path``, which `find` returned; ``source`` is a scalar as written."""
     result = replace(
         document, data=_copied(document.data, path), keys=dict(document.keys), values=dict(document.values),
@@ -88,7 +104,9 @@ def assign(document: Document, path: KeyPath, value: Any, where: Where, source: 
 
 def _place(document: Document, value: Any, path: KeyPath, where: Where) -> None:
     """Give everything inside a set value its place, and scalars their text."""
-    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    children = (
+        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    )
     for key, child in children:
         document.values[(*path, key)] = where
         if not isinstance(child, (dict, list)):

@@ -23,7 +23,9 @@ class Reading:
     document: Document
     errors: list[SurgeonError] = field(default_factory=list)
 
-    def refuse(self, code: str, message: str, path: KeyPath, help: str | None = None, *, key: bool = False) -> None:
+    def refuse(
+        self, code: str, message: str, path: KeyPath, help: str | None = None, *, key: bool = False
+    ) -> None:
         """Record a mistake at a value, or at its key."""
         where = self.document.key_where(path) if key else self.document.where(path)
         if len(self.errors) < MAX_ERRORS:

@@ -139,7 +139,11 @@ class Recipe:
             steps.append({"id": step.id, step.verb: _plain(step.options, names)})
         found: dict[str, Any] = {"version": 1, "name": self.name}
         found |= {"description": self.description} if self.description else {}
-        found |= {"seed": self.seed, "models": {name: model.reference for name, model in self.models.items()}, "steps": steps}
+        found |= {
+            "seed": self.seed,
+            "models": {name: model.reference for name, model in self.models.items()},
+            "steps": steps,
+        }
         found |= {"gates": [gate.gate.text for gate in self.gates]} if self.gates else {}
         found |= {"publish": {"step": self.publish, "when": self.when}} if self.publish else {}
         found |= {"points": {point.name: point.values for point in self.points}} if self.points else {}
@@ -167,4 +171,9 @@ def replaced(value: Any, change: Any) -> Any:
 
 
 def _plain(options: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
-    return replaced(options, lambda one: one.step if isinstance(one, StepOutput) else names.get(one, one) if isinstance(one, str) else one)
+    return replaced(
+        options,
+        lambda one: (
+            one.step if isinstance(one, StepOutput) else names.get(one, one) if isinstance(one, str) else one
+        ),
+    )

@@ -42,26 +42,34 @@ class Names:
         """Return (id, verb) of every step, None where it has none."""
         given = self.reading.at(("steps",))
         if not isinstance(given, list) or not given:
-            self.reading.refuse("E2011", "a recipe has a list of steps", ("steps",), "steps: [{id: merged, merge: {...}}]")
+            self.reading.refuse(
+                "E2011", "a recipe has a list of steps", ("steps",), "steps: [{id: merged, merge: {...}}]"
+            )
             return []
         first: dict[str, int] = {}
         found = []
         for number, item in enumerate(given):
             path: KeyPath = ("steps", number)
             if not isinstance(item, dict):
-                self.reading.refuse("E2011", f"{show(item)} where a step is expected", path, "{id: merged, merge: {...}}")
+                self.reading.refuse(
+                    "E2011", f"{show(item)} where a step is expected", path, "{id: merged, merge: {...}}"
+                )
                 found.append((None, None))
                 continue
             self.reading.check_keys(path, ("id", *VERBS), "a step")
             verbs = [key for key in item if key in VERBS]
             if len(verbs) != 1:
                 said = " and ".join(verbs) or "none"
-                self.reading.refuse("E2011", f"a step has one verb, {said} given", path, f"one of {known_list(VERBS)}")
+                self.reading.refuse(
+                    "E2011", f"a step has one verb, {said} given", path, f"one of {known_list(VERBS)}"
+                )
             identity = self._identity(item, path, first, number)
             found.append((identity, verbs[0] if len(verbs) == 1 else None))
         return found
 
-    def _identity(self, item: dict[str, Any], path: KeyPath, first: dict[str, int], number: int) -> str | None:
+    def _identity(
+        self, item: dict[str, Any], path: KeyPath, first: dict[str, int], number: int
+    ) -> str | None:
         text = self.reading.document.source((*path, "id"))
         if text is None or not _NAME.fullmatch(text):
             shown = show(item.get("id"))
@@ -70,7 +78,12 @@ class Names:
             return None
         if text in first:
             before = self.reading.document.where(("steps", first[text], "id"))
-            self.reading.refuse("E2001", f"two steps are called {show(text)}; the first is on line {before.line}", (*path, "id"), "every step has an id of its own")
+            self.reading.refuse(
+                "E2001",
+                f"two steps are called {show(text)}; the first is on line {before.line}",
+                (*path, "id"),
+                "every step has an id of its own",
+            )
             return None
         first[text] = number
         return text
@@ -80,7 +93,13 @@ class Names:
         for name in self._mapping("models"):
             path = ("models", name)
             if any(name == identity for identity, _ in self.steps):
-                self.reading.refuse("E2001", f"a model and a step are called {show(name)}", path, "rename one of them", key=True)
+                self.reading.refuse(
+                    "E2001",
+                    f"a model and a step are called {show(name)}",
+                    path,
+                    "rename one of them",
+                    key=True,
+                )
             text = self.reading.text(path)
             if text is not None:
                 found[name] = self._model(name, text, path)
@@ -117,7 +136,12 @@ class Names:
                 found[name] = DataSet(name, self.text(item, path))
                 continue
             if not isinstance(item, dict):
-                self.reading.refuse("E224", f"{show(item)} where a data set is expected", path, "{file: questions.jsonl} or {dataset: org/name, split: train}")
+                self.reading.refuse(
+                    "E224",
+                    f"{show(item)} where a data set is expected",
+                    path,
+                    "{file: questions.jsonl} or {dataset: org/name, split: train}",
+                )
                 continue
             self.reading.check_keys(path, DATA, "a data set")
             found[name] = self._data_set(name, item, path)
@@ -125,16 +149,26 @@ class Names:
 
     def _data_set(self, name: str, item: dict[str, Any], path: KeyPath) -> DataSet:
         if ("dataset" in item) == ("file" in item):
-            self.reading.refuse("E224", "a data set is a dataset or a file", path, "dataset: org/name, or file: questions.jsonl")
+            self.reading.refuse(
+                "E224",
+                "a data set is a dataset or a file",
+                path,
+                "dataset: org/name, or file: questions.jsonl",
+            )
             return DataSet(name, "")
         if "file" in item:
             for key in ("config", "split"):
                 if key in item:
-                    self.reading.refuse("E224", f"a file has no {key}", (*path, key), "leave it out", key=True)
+                    self.reading.refuse(
+                        "E224", f"a file has no {key}", (*path, key), "leave it out", key=True
+                    )
             text = self.reading.text((*path, "file"))
             source = self.text(text, (*path, "file")) if text else ""
         else:
-            parts = [self.reading.text((*path, key)) if key in item else "" for key in ("dataset", "config", "split")]
+            parts = [
+                self.reading.text((*path, key)) if key in item else ""
+                for key in ("dataset", "config", "split")
+            ]
             source = ":".join(part or "" for part in parts).rstrip(":")
         numbers = {}
         for key, least in (("samples", 1), ("sequence_length", 2)):
@@ -142,7 +176,9 @@ class Names:
             if value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                self.reading.refuse("E224", f"{key} is {show(value)}", (*path, key), f"a whole number from {least} up")
+                self.reading.refuse(
+                    "E224", f"{key} is {show(value)}", (*path, key), f"a whole number from {least} up"
+                )
             else:
                 numbers[key] = value
         return DataSet(name, source, **numbers)
@@ -152,11 +188,15 @@ class Names:
         if value is None:
             return []
         if not isinstance(value, dict):
-            self.reading.refuse("E224", f"{show(value)} where {key} are named", (key,), f"{key}: {{NAME: ...}}")
+            self.reading.refuse(
+                "E224", f"{show(value)} where {key} are named", (key,), f"{key}: {{NAME: ...}}"
+            )
             return []
         for name in value:
             if not _NAME.fullmatch(name):
-                self.reading.refuse("E224", f"{show(name)} is no name", (key, name), "letters, digits, _ and -", key=True)
+                self.reading.refuse(
+                    "E224", f"{show(name)} is no name", (key, name), "letters, digits, _ and -", key=True
+                )
         return list(value)
 
     # ---- what names stand for --------------------------------------------------------------------
@@ -187,13 +227,20 @@ class Names:
                                 path, "steps run in the order they are written; name an earlier one")  # fmt: skip
             return None
         if verb is not None and not VERBS[verb].writes:
-            self.reading.refuse("E273", f"step {show(name)} ({verb}) makes no model", path, f"steps that do: {known_list(self.writing(number))}")
+            self.reading.refuse(
+                "E273",
+                f"step {show(name)} ({verb}) makes no model",
+                path,
+                f"steps that do: {known_list(self.writing(number))}",
+            )
             return None
         return StepOutput(name)
 
     def writing(self, before: int) -> list[str]:
         """Return the steps before a number that make a model."""
-        return [i for i, verb in self.steps[:before] if i is not None and verb is not None and VERBS[verb].writes]
+        return [
+            i for i, verb in self.steps[:before] if i is not None and verb is not None and VERBS[verb].writes
+        ]
 
     def default_input(self, number: int, path: KeyPath) -> str | StepOutput | None:
         """Return what a step works on when it names nothing: the model made before it, or the only model there is."""
@@ -202,7 +249,13 @@ class Names:
             return StepOutput(made[-1])
         if len(self.models) == 1:
             return next(iter(self.models.values())).reference
-        self.reading.refuse("E273", "the step names no model, and none is made before it", path, f"model: one of {known_list(self.models)}", key=True)
+        self.reading.refuse(
+            "E273",
+            "the step names no model, and none is made before it",
+            path,
+            f"model: one of {known_list(self.models)}",
+            key=True,
+        )
         return None
 
     def file(self, path: KeyPath) -> str | None:
@@ -216,7 +269,9 @@ class Names:
         if domain is not None:
             return f"{domain[1]}={self.text(domain[2], path)}"
         place = _under(self.reading.folder(path), text)
-        if place is not None and (text.startswith((".", "~", "/")) or text.endswith(_SUFFIXES) or place.exists()):
+        if place is not None and (
+            text.startswith((".", "~", "/")) or text.endswith(_SUFFIXES) or place.exists()
+        ):
             self.files.setdefault(place, path)
             return str(place)
         return text

@@ -14,7 +14,20 @@ from typing import Any
 
 VERSION = 1
 
-TOP = ("version", "name", "description", "seed", "defaults", "extends", "models", "data", "steps", "gates", "publish", "sweep")
+TOP = (
+    "version",
+    "name",
+    "description",
+    "seed",
+    "defaults",
+    "extends",
+    "models",
+    "data",
+    "steps",
+    "gates",
+    "publish",
+    "sweep",
+)
 DATA = ("dataset", "file", "config", "split", "samples", "sequence_length")
 PUBLISH = ("step", "when")
 WHEN = ("on_pass", "always")

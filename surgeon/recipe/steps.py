@@ -18,7 +18,20 @@ from surgeon.errors import UsageError, close_matches
 from surgeon.recipe.reading import Reading, known_list
 from surgeon.recipe.recipe import Step, StepOutput, replaced
 from surgeon.recipe.references import Names
-from surgeon.recipe.schema import COUNTS, FILES, MACHINE, METRICS, OUTPUTS, REFUSED, SIZES, TARGETS, TEXTS, VERBS, WRITES, Verb
+from surgeon.recipe.schema import (
+    COUNTS,
+    FILES,
+    MACHINE,
+    METRICS,
+    OUTPUTS,
+    REFUSED,
+    SIZES,
+    TARGETS,
+    TEXTS,
+    VERBS,
+    WRITES,
+    Verb,
+)
 from surgeon.recipe.yaml import KeyPath
 from surgeon.scalars import show
 from surgeon.system import parse_size
@@ -32,7 +45,9 @@ def read_steps(reading: Reading, names: Names, defaults: dict[str, Any], seed: i
     for number, (identity, verb) in enumerate(names.steps):
         if verb is None:
             continue
-        step = _Step(reading, names, VERBS[verb], identity or f"step {number + 1}", ("steps", number, verb), number)
+        step = _Step(
+            reading, names, VERBS[verb], identity or f"step {number + 1}", ("steps", number, verb), number
+        )
         found.append(step.read(defaults, seed))
     return found
 
@@ -40,20 +55,37 @@ def read_steps(reading: Reading, names: Names, defaults: dict[str, Any], seed: i
 class _Step:
     """One step that is being read."""
 
-    def __init__(self, reading: Reading, names: Names, verb: Verb, identity: str, path: KeyPath, number: int) -> None:
-        self.reading, self.names, self.verb, self.identity, self.path, self.number = reading, names, verb, identity, path, number
+    def __init__(
+        self, reading: Reading, names: Names, verb: Verb, identity: str, path: KeyPath, number: int
+    ) -> None:
+        self.reading, self.names, self.verb, self.identity, self.path, self.number = (
+            reading,
+            names,
+            verb,
+            identity,
+            path,
+            number,
+        )
         self.options: dict[str, Any] = {}
         self.places: dict[str, KeyPath] = {}
         self.sound = True
         self.wrong: set[str] = set()
 
-    def refuse(self, code: str, message: str, path: KeyPath, help: str | None = None, *, key: bool = False) -> None:
+    def refuse(
+        self, code: str, message: str, path: KeyPath, help: str | None = None, *, key: bool = False
+    ) -> None:
         self.sound = False
         self.reading.refuse(code, message, path, help, key=key)
 
     def take(self, name: str, value: Any, place: KeyPath) -> None:
         if name in self.options:
-            self.refuse("E224", f"{show(place[-1])} and {show(self.places[name][-1])} say the same", place, "leave one out", key=True)
+            self.refuse(
+                "E224",
+                f"{show(place[-1])} and {show(self.places[name][-1])} say the same",
+                place,
+                "leave one out",
+                key=True,
+            )
             return
         self.options[name], self.places[name] = value, place
 
@@ -61,7 +93,12 @@ class _Step:
         given = self.reading.at(self.path)
         gate_limited = False
         if given is not None and not isinstance(given, dict):
-            self.refuse("E2011", f"{show(given)} where the settings of {self.verb.name} are expected", self.path, f"{self.verb.name}: {{...}}")
+            self.refuse(
+                "E2011",
+                f"{show(given)} where the settings of {self.verb.name} are expected",
+                self.path,
+                f"{self.verb.name}: {{...}}",
+            )
         elif given:
             gate_limited = given.get("gate_limited") is True
             self._keys(given)
@@ -75,14 +112,25 @@ class _Step:
         if self.verb.name == "eval":
             self._metrics()
         self._validate()
-        return Step(self.identity, self.verb.name, self.options, self.reading.document.key_where(self.path), self.verb.writes, gate_limited)
+        return Step(
+            self.identity,
+            self.verb.name,
+            self.options,
+            self.reading.document.key_where(self.path),
+            self.verb.writes,
+            gate_limited,
+        )
 
     def _defaults(self, defaults: dict[str, Any]) -> None:
         """Take what the step does not say itself; the type of written weights is not the type a model is run in."""
         for name, value in defaults.items():
             known = name in self.verb.options and (name != "dtype" or self.verb.writes)
             if known and name not in self.options:
-                self.take(name, value, ("defaults", name) if self.reading.at(("defaults", name)) is not None else (name,))
+                self.take(
+                    name,
+                    value,
+                    ("defaults", name) if self.reading.at(("defaults", name)) is not None else (name,),
+                )
 
     # ---- keys ------------------------------------------------------------------------------------
 
@@ -92,7 +140,13 @@ class _Step:
             if key in self.verb.keys:
                 continue
             if key in MACHINE:
-                self.refuse("E2008", f"{key} belongs to the run, not to the recipe", place, f"surgeon run ... {MACHINE[key]}", key=True)
+                self.refuse(
+                    "E2008",
+                    f"{key} belongs to the run, not to the recipe",
+                    place,
+                    f"surgeon run ... {MACHINE[key]}",
+                    key=True,
+                )
             elif key in REFUSED[self.verb.name] or key in OUTPUTS:
                 reason = REFUSED[self.verb.name].get(key, WRITES)
                 self.refuse("E2008", f"{key} cannot be set in a recipe", place, reason, key=True)
@@ -104,7 +158,9 @@ class _Step:
     def _key(self, key: str, value: Any, place: KeyPath) -> None:
         verb = self.verb.name
         if verb == "merge" and key in ("models", "parameters", "overrides"):
-            {"models": self._models, "parameters": self._parameters, "overrides": self._overrides}[key](value, place)
+            {"models": self._models, "parameters": self._parameters, "overrides": self._overrides}[key](
+                value, place
+            )
         elif key == "target" and verb in TARGETS:
             self._target(value, place)
         elif key == "schemes":
@@ -142,7 +198,9 @@ class _Step:
         if isinstance(value, str):
             found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMB])", value.strip(), re.IGNORECASE)
             if found is None:
-                self.refuse("E224", f"{show(value)} is no number of parameters", place, "such as 3B, 500M, or 120000")
+                self.refuse(
+                    "E224", f"{show(value)} is no number of parameters", place, "such as 3B, 500M, or 120000"
+                )
                 return 1.0
             return float(found[1]) * {"K": 1e3, "M": 1e6, "B": 1e9}[found[2].upper()]
         return value
@@ -150,7 +208,12 @@ class _Step:
     def _target(self, value: Any, place: KeyPath) -> None:
         words = TARGETS[self.verb.name]
         if not isinstance(value, dict) or not value:
-            self.refuse("E224", f"{show(value)} where a target is expected", place, "such as {" + next(iter(words)) + ": 1.5}; one of " + known_list(words))
+            self.refuse(
+                "E224",
+                f"{show(value)} where a target is expected",
+                place,
+                "such as {" + next(iter(words)) + ": 1.5}; one of " + known_list(words),
+            )
             return
         self.sound &= self.reading.check_keys(place, words, f"target of {self.verb.name}")
         for word, one in value.items():
@@ -182,7 +245,12 @@ class _Step:
 
     def _models(self, value: Any, place: KeyPath) -> None:
         if not isinstance(value, list) or not value:
-            self.refuse("E224", f"{show(value)} where a list of models is expected", place, "models: [{model: long, weight: 0.6}, ...]")
+            self.refuse(
+                "E224",
+                f"{show(value)} where a list of models is expected",
+                place,
+                "models: [{model: long, weight: 0.6}, ...]",
+            )
             return
         listed: list[str] = []
         own: dict[str, dict[str, Any]] = {}
@@ -221,7 +289,12 @@ class _Step:
 
     def _parameters(self, value: Any, place: KeyPath) -> None:
         if not isinstance(value, dict):
-            self.refuse("E224", f"{show(value)} where the method's parameters are expected", place, "parameters: {lambda: 1.0}")
+            self.refuse(
+                "E224",
+                f"{show(value)} where the method's parameters are expected",
+                place,
+                "parameters: {lambda: 1.0}",
+            )
             return
         for name, one in value.items():
             if name in ("lambda", "t", "normalize"):
@@ -232,7 +305,12 @@ class _Step:
 
     def _overrides(self, value: Any, place: KeyPath) -> None:
         if not isinstance(value, list):
-            self.refuse("E224", f"{show(value)} where a list of overrides is expected", place, "overrides: [{match: 'lm_head.*', copy: base}]")
+            self.refuse(
+                "E224",
+                f"{show(value)} where a list of overrides is expected",
+                place,
+                "overrides: [{match: 'lm_head.*', copy: base}]",
+            )
             return
         for number, item in enumerate(value):
             here = (*place, number)
@@ -246,12 +324,19 @@ class _Step:
                 self._copied(item["copy"], (*here, "copy"))
                 self.options.setdefault("ignore", []).append(item["match"])
             else:
-                self.refuse("E224", "an override copies, or sets the density to 1", here, "{match: PATTERN, copy: base} or {match: PATTERN, density: 1}")
+                self.refuse(
+                    "E224",
+                    "an override copies, or sets the density to 1",
+                    here,
+                    "{match: PATTERN, copy: base} or {match: PATTERN, density: 1}",
+                )
 
     def _copied(self, name: str, place: KeyPath) -> None:
         """Tensors are copied from the model that gives the structure; from another one a merge cannot."""
         given = self.reading.at(self.path)
-        models = [item["model"] if isinstance(item, dict) else item for item in given.get("models") or () if item]
+        models = [
+            item["model"] if isinstance(item, dict) else item for item in given.get("models") or () if item
+        ]
         donor = given.get("base") or self._implied(given, models)
         if name != donor:
             self.refuse("E224", f"tensors are copied from {show(donor)}, the model that gives the structure, not from {show(name)}",
@@ -276,8 +361,6 @@ class _Step:
         """Replace names of models and steps; the input of a step is the model made before it."""
         if self.verb.name == "merge":
             self._merged()
-        elif "model" not in self.options:
-            self.options["model"] = self.names.default_input(self.number, self.path)
         for name in self.verb.references & self.options.keys():
             value, place = self.options[name], self.places.get(name, self.path)
             if not isinstance(value, str):
@@ -291,15 +374,25 @@ class _Step:
                 self.options[name] = self.names.file(place) or value
                 continue
             self.options[name] = self.names.model(value, self.number, place)
-        if self.options.get("model", "") is None:
+        if self.verb.name != "merge" and "model" not in self.options:
+            self.options["model"] = self.names.default_input(self.number, self.path)
+        if any(self.options.get(name, "") is None for name in self.verb.references):
             self.sound = False
 
     def _merged(self) -> None:
         listed = self.options.get("models")
         if listed is None:
-            self.refuse("E224", "a merge names the models it merges", self.path, "models: [{model: long, weight: 0.6}, {model: short, weight: 0.4}]", key=True)
+            self.refuse(
+                "E224",
+                "a merge names the models it merges",
+                self.path,
+                "models: [{model: long, weight: 0.6}, {model: short, weight: 0.4}]",
+                key=True,
+            )
             return
-        self.options["models"] = [self.names.model(name, self.number, self.places[f"models.{name}"]) for name in listed]
+        self.options["models"] = [
+            self.names.model(name, self.number, self.places[f"models.{name}"]) for name in listed
+        ]
         if None in self.options["models"]:
             self.sound = False
 
@@ -317,7 +410,11 @@ class _Step:
                 found.append(data.source if data else self.names.text(text, here))
                 if data and name == "calibration":
                     for key in ("samples", "sequence_length"):
-                        if getattr(data, key) is not None and key in self.verb.options and key not in self.options:
+                        if (
+                            getattr(data, key) is not None
+                            and key in self.verb.options
+                            and key not in self.options
+                        ):
                             self.take(key, getattr(data, key), ("data", text, key))
                 elif data and data.samples is not None:
                     self.refuse("E224", f"samples of the data set {show(text)} say how many records calibrate; {name} reads all of it",
@@ -331,37 +428,62 @@ class _Step:
         if words is None:
             return
         if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-            self.refuse("E224", f"{show(words)} where a list of metrics is expected", place, "metrics: [perplexity, kl]")
+            self.refuse(
+                "E224",
+                f"{show(words)} where a list of metrics is expected",
+                place,
+                "metrics: [perplexity, kl]",
+            )
             return
         for number, word in enumerate(words):
             here = (*place, number)
             if word not in METRICS:
                 near = close_matches(word, METRICS)
-                self.refuse("E224", f"unknown metric {show(word)}", here, (f"{near} " if near else "") + f"one of {known_list(METRICS)}")
+                self.refuse(
+                    "E224",
+                    f"unknown metric {show(word)}",
+                    here,
+                    (f"{near} " if near else "") + f"one of {known_list(METRICS)}",
+                )
             elif word == "perplexity":
                 self.options.setdefault("perplexity", "shipped")
             elif word == "kl" and "kl" not in self.options:
                 baseline = self.options.get("baseline")
                 if baseline is None or (isinstance(baseline, str) and baseline.endswith(".json")):
-                    self.refuse("E224", "kl needs a model to compare with", here, "baseline: long, or kl: long")
+                    self.refuse(
+                        "E224", "kl needs a model to compare with", here, "baseline: long, or kl: long"
+                    )
                 else:
                     self.options["kl"] = baseline
             elif word in ("answer_length", "accuracy") and "questions" not in self.options:
                 tasks = self.options.get("tasks")
                 if word == "accuracy" and tasks:
                     continue  # tasks bring their own
-                self.refuse("E224", f"{word} is measured on questions, and the step has none", here, "questions: FILE.jsonl")
+                self.refuse(
+                    "E224",
+                    f"{word} is measured on questions, and the step has none",
+                    here,
+                    "questions: FILE.jsonl",
+                )
 
     # ---- checks ----------------------------------------------------------------------------------
 
     def _validate(self) -> None:
         for name, value in list(self.options.items()):
             info = self.verb.options.get(name) or self._hidden(name)
-            if info is None or name == "param" or name in self.verb.references or (name == "models" and self.verb.name == "merge"):
+            if (
+                info is None
+                or name == "param"
+                or name in self.verb.references
+                or (name == "models" and self.verb.name == "merge")
+            ):
                 continue
             self.options[name] = self._typed(name, info, value)
         usable = {name: value for name, value in self.options.items() if name not in self.wrong}
-        values = replaced(usable, lambda one: "<unknown>" if one is None else str(one) if isinstance(one, StepOutput) else one)
+        values = replaced(
+            usable,
+            lambda one: "<unknown>" if one is None else str(one) if isinstance(one, StepOutput) else one,
+        )
         if self.verb.name == "merge":
             self._merge_parameters(values)
         try:
@@ -386,7 +508,9 @@ class _Step:
             method = catalogue(split_method(str(values.get("method", "linear")))[0])
         except UsageError:
             return
-        given = {name: values for name in ("weight", "density") if name in values} | {name: values["param"] for name in values.get("param", {})}
+        given = {name: values for name in ("weight", "density") if name in values} | {
+            name: values["param"] for name in values.get("param", {})
+        }
         for name, holder in given.items():
             place = self.places.get(name) or self.places[f"param.{name}"]
             table_name = "keep" if name == "density" and "density" not in method.table else name
@@ -410,9 +534,16 @@ class _Step:
     def _typed(self, name: str, info: Any, value: Any) -> Any:
         """Check one option by itself, as strictly as JSON: no text for numbers, no numbers for text."""
         if name == "keep_experts":
-            return self._each(value, self.places[name], lambda one, _: one if isinstance(one, str) else repr(one))
+            return self._each(
+                value, self.places[name], lambda one, _: one if isinstance(one, str) else repr(one)
+            )
         annotation = str(info.annotation)
-        if "tuple" in annotation and not isinstance(value, (list, dict)) and value is not None and "Literal" not in annotation:
+        if (
+            "tuple" in annotation
+            and not isinstance(value, (list, dict))
+            and value is not None
+            and "Literal" not in annotation
+        ):
             value = [value]
         try:
             json.dumps(value, allow_nan=False)
@@ -430,6 +561,9 @@ class _Step:
         inner = [part for part in error["loc"] if isinstance(part, int)]
         message = str(error["msg"])
         given = error.get("input")
+        if error["type"] == "missing":
+            self.refuse("E224", f"{self.verb.name} needs {name}", self.path, f"{name}: ...", key=True)
+            return
         self.refuse("E224", f"{name} is {show(given)}: {message[:1].lower()}{message[1:]}", (*place, *inner))
 
     def _build(self, values: dict[str, Any]) -> None:
@@ -472,6 +606,10 @@ class _Step:
             for key, value in self.options.items():
                 if value == name and key in self.places:
                     return self.places[key]
+        for key, value in self.options.items():
+            single = value[0] if isinstance(value, list) and len(value) == 1 else value
+            if isinstance(single, (int, float)) and not isinstance(single, bool) and f" {single:g} " in message:
+                return self.places.get(key, self.path)
         for name in sorted(self.places, key=len, reverse=True):
             word = name.rpartition(".")[2]
             if re.search(rf"\b{re.escape(word)}\b", message):
@@ -481,7 +619,10 @@ class _Step:
 
 def _adapter(info: Any) -> TypeAdapter[Any]:
     """Return what checks one field alone: its type and its limits, without its alias."""
-    return TypeAdapter(Annotated[(info.annotation, *info.metadata)] if info.metadata else info.annotation)
+    kind: Any = info.annotation
+    for limit in info.metadata:
+        kind = Annotated[kind, limit]
+    return TypeAdapter(kind)
 
 
 def _as_text_lists(values: dict[str, Any]) -> dict[str, Any]:

@@ -82,9 +82,9 @@ def _forward(module: Any, decode: Callable[[Any], Any]) -> Any:
 
 
 def _four_bits(module: Any) -> Any:
-    import bitsandbytes
+    from bitsandbytes.functional import dequantize_4bit
 
-    return bitsandbytes.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+    return dequantize_4bit(module.weight.data, module.weight.quant_state)
 
 
 def _eight_bits(module: Any) -> Any:

@@ -17,8 +17,10 @@ from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "cli"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "formats"))
 from commands import run
 from deploy_models import TOKENIZER, cut_folders, logits, opened, stock_folder, write
+from quantized_models import integer_folders
 
 from surgeon import api
 from surgeon.checkpoint.checkpoint import open_path
@@ -430,19 +432,25 @@ def test_values_that_do_not_exist(options, word, scratch):
 
 
 def test_quantized_weights_are_copied_or_refused(scratch):
+    source, _ = integer_folders(scratch / "models", "gptq")
+    for options in ({"dtype": "float16"}, {"to": "gguf"}):
+        with pytest.raises(InputError, match="E311"):
+            api.export(source, scratch / "out", **options)
+    api.export(source, scratch / "out")
+    copied, stored = (load_file(folder / "model.safetensors") for folder in (scratch / "out", source))
+    assert copied.keys() == stored.keys() and all(torch.equal(copied[name], stored[name]) for name in stored)
+
+
+def test_plain_weights_that_are_said_to_be_quantized_are_refused(scratch):
+    """A quantization_config that a conversion left behind: readers would look for packed values."""
     source = stock_folder("llama", scratch / "model")
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(
         json.dumps({**config, "quantization_config": {"quant_method": "gptq"}})
     )
-    for options in ({"dtype": "float16"}, {"to": "gguf"}):
-        with pytest.raises(InputError, match="E311"):
-            api.export(source, scratch / "out", **options)
-    api.export(source, scratch / "out")
-    assert (
-        load_file(scratch / "out" / "model.safetensors").keys()
-        == load_file(source / "model.safetensors").keys()
-    )
+    with pytest.raises(InputError, match="E479"):
+        api.export(source, scratch / "out")
+    assert not (scratch / "out").exists()
 
 
 def test_the_command(capsys, scratch):

@@ -26,7 +26,8 @@ NAMES = tuple(scheme.name for scheme in MENU)
 SETTINGS = Settings(threads=1)
 LENGTHS = (48, 48, 41, 48, 33, 48)
 """266 tokens: more than four for each input, so that dense Hessians are taken as they are."""
-RTN, GPTQ = Options(method="rtn"), Options(method="gptq")
+RTN, GPTQ = Options(method="rtn", clip=False), Options(method="gptq", clip=False)
+"""Without the search for ranges, which takes most of the time of matrices as small as these."""
 
 
 class Model:

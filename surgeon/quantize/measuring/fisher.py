@@ -92,7 +92,7 @@ class _Receiver:
         with exact_products():
             for place, delta in self._deltas.get(matrix.label, {}).items():
                 change = (inputs.to(delta.dtype) @ delta[columns].T).to(squares.dtype)
-                losses[place] += float((squares * change.square_()).sum(dtype=torch.float64))
+                losses[place] += float(change.square_().mul_(squares).sum(dtype=torch.float64))
 
     def end(self, layer: int, predicted: int) -> None:
         matrices = self._job.layers[layer]
