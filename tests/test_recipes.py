@@ -18,7 +18,7 @@ from surgeon.recipe import mergekit_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "recipes"
-RECIPES = sorted(FOLDER.rglob("*.yaml"))
+RECIPES = sorted((FOLDER / "long-to-short").glob("*.yaml"))
 BY_NAME = {path.stem: path for path in RECIPES}
 MODELS = ROOT / "tests" / "models"
 PLACES = {name: MODELS / name for name in ("base", "long", "short")}

@@ -130,12 +130,19 @@ def _load(folder: Path, made: list[tuple[int, Cell]], results: Mapping[Cell, Res
 
 
 def vllm(recipe: str, shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> str:
-    """Return for how many families the rules read in vLLM's source allow a recipe."""
+    """Return for which families the rules read in vLLM's source allow a recipe."""
     if RECIPES[recipe].form == table.BNB:
         return ""
     own = [cell for cell in table.cells() if cell.recipe == recipe]
     allowed = [cell.family for cell in own if not table.refusals(cell, shapes[cell.family], "vllm")]
-    return "all" if len(allowed) == len(own) else ", ".join(allowed) if allowed else "none"
+    rest = [cell.family for cell in own if cell.family not in allowed]
+    if not allowed or not rest:
+        return "none" if rest else "all"
+    if all(
+        (family in table.MIXTURES) != (family in allowed) for family in FAMILIES if family in allowed + rest
+    ):
+        return "no mixtures"
+    return f"all but {'; '.join(rest)}" if len(rest) < len(allowed) else "; ".join(allowed)
 
 
 INTRODUCTION = """# Which quantized models stock readers load
@@ -146,13 +153,14 @@ process on {machine}, with {versions}.
 
 A number is the relative difference of its logits, as its kernels run in 16 bits, from those of a plain model of the numbers the
 file stands for. Whatever has a number was also run in float32 with its matrices decoded by the reader, and then differs by less
-than {exact:g}; nothing was missing or left over, and it generates text. Where matrices are decoded before they are multiplied, the
-number is 0. Others round in their kernels (auto-round multiplies after rounding twice, bitsandbytes in blocks), or round activations to
-eight bits as the form demands (float8, int8 of bitsandbytes): that is what the reader computes, not an error of the file. In
-mixtures of experts small roundings make routers choose otherwise, which random models show most.
+than {exact:g}; nothing was missing or left over, and it generates text. Where a reader decodes matrices and then multiplies as a plain
+model does, the number is 0. Others round elsewhere (auto-round before it adds a bias, and in experts that it computes one by one;
+bitsandbytes in its kernels), or round activations to eight bits as the form demands (float8, int8 of bitsandbytes): that is what the
+reader computes, not an error of the file. In mixtures of experts small roundings make routers choose otherwise, which random models
+show most.
 
 "refused" means that the form says no before anything is written; why, and what the reader would have done, is below. The
-last column is what vLLM's rules allow, read in its source and not run here.
+last column says for which families vLLM's rules allow it, as read in its source; vLLM was not run.
 """
 
 
@@ -181,7 +189,12 @@ def page(results: Mapping[Cell, Result]) -> str:
     for recipe, one in RECIPES.items():
         refused = [r for c, r in results.items() if c.recipe == recipe and r.refused]
         if refused:
-            fates = " / ".join(sorted({r.fate() for r in refused}))
+            fates = " / ".join(
+                sorted({r.fate() for r in refused if r.error or r.read or r.unwritten or r.faults})
+            )
+            wrong = sorted(r.decoded for r in refused if r.fate().startswith("wrong"))
+            if wrong:
+                fates += f"{' / ' if fates else ''}wrong in silence: {percent(wrong[0])} to {percent(wrong[-1])} off"
             lines.append(f"| {one.form} | {recipe} | {str(refused[0].refused).replace('|', ' ')} | {fates} |")
     return "\n".join(lines) + "\n"
 

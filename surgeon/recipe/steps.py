@@ -8,15 +8,13 @@ Codes: E203 unknown key, E224 wrong type or range, E2008 what a recipe cannot se
 
 from __future__ import annotations
 
-import json
 import re
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
-
-from surgeon.errors import UsageError, close_matches
+from surgeon.errors import close_matches
+from surgeon.recipe.merge_step import name_models, read_models, read_overrides, read_parameters
 from surgeon.recipe.reading import Reading, known_list
-from surgeon.recipe.recipe import Step, StepOutput, replaced
+from surgeon.recipe.recipe import Step, StepOutput
 from surgeon.recipe.references import Names
 from surgeon.recipe.schema import (
     COUNTS,
@@ -30,13 +28,12 @@ from surgeon.recipe.schema import (
     TEXTS,
     VERBS,
     WRITES,
-    Verb,
 )
+from surgeon.recipe.step_checks import validate
+from surgeon.recipe.step_reading import StepReading
 from surgeon.recipe.yaml import KeyPath
 from surgeon.scalars import show
 from surgeon.system import parse_size
-
-_OPTION = re.compile(r"--([a-z][a-z0-9-]*)")
 
 
 def read_steps(reading: Reading, names: Names, defaults: dict[str, Any], seed: int) -> list[Step]:
@@ -52,42 +49,8 @@ def read_steps(reading: Reading, names: Names, defaults: dict[str, Any], seed: i
     return found
 
 
-class _Step:
+class _Step(StepReading):
     """One step that is being read."""
-
-    def __init__(
-        self, reading: Reading, names: Names, verb: Verb, identity: str, path: KeyPath, number: int
-    ) -> None:
-        self.reading, self.names, self.verb, self.identity, self.path, self.number = (
-            reading,
-            names,
-            verb,
-            identity,
-            path,
-            number,
-        )
-        self.options: dict[str, Any] = {}
-        self.places: dict[str, KeyPath] = {}
-        self.sound = True
-        self.wrong: set[str] = set()
-
-    def refuse(
-        self, code: str, message: str, path: KeyPath, help: str | None = None, *, key: bool = False
-    ) -> None:
-        self.sound = False
-        self.reading.refuse(code, message, path, help, key=key)
-
-    def take(self, name: str, value: Any, place: KeyPath) -> None:
-        if name in self.options:
-            self.refuse(
-                "E224",
-                f"{show(place[-1])} and {show(self.places[name][-1])} say the same",
-                place,
-                "leave one out",
-                key=True,
-            )
-            return
-        self.options[name], self.places[name] = value, place
 
     def read(self, defaults: dict[str, Any], seed: int) -> Step:
         given = self.reading.at(self.path)
@@ -111,7 +74,7 @@ class _Step:
         self._references()
         if self.verb.name == "eval":
             self._metrics()
-        self._validate()
+        validate(self)
         return Step(
             self.identity,
             self.verb.name,
@@ -126,11 +89,10 @@ class _Step:
         for name, value in defaults.items():
             known = name in self.verb.options and (name != "dtype" or self.verb.writes)
             if known and name not in self.options:
-                self.take(
-                    name,
-                    value,
-                    ("defaults", name) if self.reading.at(("defaults", name)) is not None else (name,),
+                place: KeyPath = (
+                    ("defaults", name) if name in (self.reading.at(("defaults",)) or {}) else (name,)
                 )
+                self.take(name, value, place)
 
     # ---- keys ------------------------------------------------------------------------------------
 
@@ -158,8 +120,8 @@ class _Step:
     def _key(self, key: str, value: Any, place: KeyPath) -> None:
         verb = self.verb.name
         if verb == "merge" and key in ("models", "parameters", "overrides"):
-            {"models": self._models, "parameters": self._parameters, "overrides": self._overrides}[key](
-                value, place
+            {"models": read_models, "parameters": read_parameters, "overrides": read_overrides}[key](
+                self, value, place
             )
         elif key == "target" and verb in TARGETS:
             self._target(value, place)
@@ -175,15 +137,10 @@ class _Step:
     def _converted(self, key: str, value: Any, place: KeyPath) -> Any:
         """Return a size as bytes, a count as a number, a file as its path; a single value where a list is possible."""
         if key in SIZES or key in COUNTS:
-            return self._each(value, place, self._size if key in SIZES else self._count)
+            return self.each(value, place, self._size if key in SIZES else self._count)
         if key in FILES and isinstance(value, str):
             return self.names.file(place) or value
         return value
-
-    def _each(self, value: Any, place: KeyPath, one: Any) -> Any:
-        if isinstance(value, list):
-            return [one(item, (*place, number)) for number, item in enumerate(value)]
-        return one(value, place)
 
     def _size(self, value: Any, place: KeyPath) -> Any:
         if isinstance(value, str):
@@ -243,124 +200,12 @@ class _Step:
 
     # ---- merge -----------------------------------------------------------------------------------
 
-    def _models(self, value: Any, place: KeyPath) -> None:
-        if not isinstance(value, list) or not value:
-            self.refuse(
-                "E224",
-                f"{show(value)} where a list of models is expected",
-                place,
-                "models: [{model: long, weight: 0.6}, ...]",
-            )
-            return
-        listed: list[str] = []
-        own: dict[str, dict[str, Any]] = {}
-        for number, item in enumerate(value):
-            here = (*place, number)
-            if isinstance(item, str):
-                item, named = {"model": item}, here
-            else:
-                named = (*here, "model")
-            if not isinstance(item, dict) or not isinstance(item.get("model"), str):
-                self.refuse("E224", "an entry of models names a model", here, "{model: long, weight: 0.6}")
-                continue
-            listed.append(item["model"])
-            self.places[f"models.{item['model']}"] = named
-            for name, one in item.items():
-                if name != "model":
-                    own.setdefault(name, {})[item["model"]] = one
-                    self.places.setdefault(f"models.{name}", (*here, name))
-        self.take("models", listed, place)
-        base = (self.reading.at(self.path) or {}).get("base")
-        others = [name for name in listed if name != base]
-        for name, values in own.items():
-            where = self.places[f"models.{name}"]
-            missing = [model for model in others if model not in values]
-            if missing or set(values) - set(others):
-                wrong = missing[0] if missing else next(iter(set(values) - set(others)))
-                self.refuse("E224", f"{name} is set for some models and {'not for ' + wrong if missing else 'for the base'}", where,
-                            "give it to every model, the base excepted")  # fmt: skip
-                continue
-            ordered = [values[model] for model in others]
-            if name in ("weight", "density"):
-                self.take(name, ordered, where)
-            else:
-                self.options.setdefault("param", {})[name] = ordered
-                self.places[f"param.{name}"] = where
-
-    def _parameters(self, value: Any, place: KeyPath) -> None:
-        if not isinstance(value, dict):
-            self.refuse(
-                "E224",
-                f"{show(value)} where the method's parameters are expected",
-                place,
-                "parameters: {lambda: 1.0}",
-            )
-            return
-        for name, one in value.items():
-            if name in ("lambda", "t", "normalize"):
-                self.take(name, one, (*place, name))
-            else:
-                self.options.setdefault("param", {})[name] = one
-                self.places[f"param.{name}"] = (*place, name)
-
-    def _overrides(self, value: Any, place: KeyPath) -> None:
-        if not isinstance(value, list):
-            self.refuse(
-                "E224",
-                f"{show(value)} where a list of overrides is expected",
-                place,
-                "overrides: [{match: 'lm_head.*', copy: base}]",
-            )
-            return
-        for number, item in enumerate(value):
-            here = (*place, number)
-            if not isinstance(item, dict) or not isinstance(item.get("match"), str):
-                self.refuse("E224", "an override names tensors", here, "{match: 'lm_head.*', copy: base}")
-                continue
-            self.sound &= self.reading.check_keys(here, ("match", "copy", "density"), "an override")
-            if item.get("density") == 1 and "copy" not in item:
-                self.options.setdefault("dense", []).append(item["match"])
-            elif isinstance(item.get("copy"), str) and "density" not in item:
-                self._copied(item["copy"], (*here, "copy"))
-                self.options.setdefault("ignore", []).append(item["match"])
-            else:
-                self.refuse(
-                    "E224",
-                    "an override copies, or sets the density to 1",
-                    here,
-                    "{match: PATTERN, copy: base} or {match: PATTERN, density: 1}",
-                )
-
-    def _copied(self, name: str, place: KeyPath) -> None:
-        """Tensors are copied from the model that gives the structure; from another one a merge cannot."""
-        given = self.reading.at(self.path)
-        models = [
-            item["model"] if isinstance(item, dict) else item for item in given.get("models") or () if item
-        ]
-        donor = given.get("base") or self._implied(given, models)
-        if name != donor:
-            self.refuse("E224", f"tensors are copied from {show(donor)}, the model that gives the structure, not from {show(name)}",
-                        place, f"copy: {donor}")  # fmt: skip
-
-    @staticmethod
-    def _implied(given: dict[str, Any], models: list[Any]) -> Any:
-        from surgeon.merge.adjustments import split_method
-        from surgeon.merge.methods import catalogue
-
-        try:
-            required = catalogue(split_method(str(given.get("method", "linear")))[0]).base == "required"
-        except UsageError:
-            required = False  # an unknown method is refused where it stands
-        if not models:
-            return None
-        return models[-1] if required else models[0]
-
     # ---- references ------------------------------------------------------------------------------
 
     def _references(self) -> None:
         """Replace names of models and steps; the input of a step is the model made before it."""
         if self.verb.name == "merge":
-            self._merged()
+            name_models(self)
         for name in self.verb.references & self.options.keys():
             value, place = self.options[name], self.places.get(name, self.path)
             if not isinstance(value, str):
@@ -377,23 +222,6 @@ class _Step:
         if self.verb.name != "merge" and "model" not in self.options:
             self.options["model"] = self.names.default_input(self.number, self.path)
         if any(self.options.get(name, "") is None for name in self.verb.references):
-            self.sound = False
-
-    def _merged(self) -> None:
-        listed = self.options.get("models")
-        if listed is None:
-            self.refuse(
-                "E224",
-                "a merge names the models it merges",
-                self.path,
-                "models: [{model: long, weight: 0.6}, {model: short, weight: 0.4}]",
-                key=True,
-            )
-            return
-        self.options["models"] = [
-            self.names.model(name, self.number, self.places[f"models.{name}"]) for name in listed
-        ]
-        if None in self.options["models"]:
             self.sound = False
 
     def _texts(self) -> None:
@@ -467,163 +295,3 @@ class _Step:
                 )
 
     # ---- checks ----------------------------------------------------------------------------------
-
-    def _validate(self) -> None:
-        for name, value in list(self.options.items()):
-            info = self.verb.options.get(name) or self._hidden(name)
-            if (
-                info is None
-                or name == "param"
-                or name in self.verb.references
-                or (name == "models" and self.verb.name == "merge")
-            ):
-                continue
-            self.options[name] = self._typed(name, info, value)
-        usable = {name: value for name, value in self.options.items() if name not in self.wrong}
-        values = replaced(
-            usable,
-            lambda one: "<unknown>" if one is None else str(one) if isinstance(one, StepOutput) else one,
-        )
-        if self.verb.name == "merge":
-            self._merge_parameters(values)
-        try:
-            self._build(values)
-        except UsageError as error:
-            for one in (error, *error.others):
-                place = self._place_of(one.message)
-                # What follows from a mistake that was reported already is none of its own.
-                if self.sound or place != self.path:
-                    self.reading.refuse(one.code, one.message, place, one.help, key=True)
-        except ValidationError as error:
-            for one in error.errors() if self.sound else ():
-                self._refuse_field(str(one["loc"][0]) if one["loc"] else "", one)
-
-    def _merge_parameters(self, values: dict[str, Any]) -> None:
-        """Check every parameter of a merge by itself, and leave out those that are wrong."""
-        from surgeon.merge.adjustments import split_method
-        from surgeon.merge.methods import catalogue
-        from surgeon.merge.request import unknown_parameter
-
-        try:
-            method = catalogue(split_method(str(values.get("method", "linear")))[0])
-        except UsageError:
-            return
-        given = {name: values for name in ("weight", "density") if name in values} | {
-            name: values["param"] for name in values.get("param", {})
-        }
-        for name, holder in given.items():
-            place = self.places.get(name) or self.places[f"param.{name}"]
-            table_name = "keep" if name == "density" and "density" not in method.table else name
-            try:
-                if table_name not in method.table:
-                    raise unknown_parameter(name, method)
-                for one in holder[name] if isinstance(holder[name], list) else [holder[name]]:
-                    method.table[table_name].check(one, method.name)
-            except UsageError as error:
-                self.refuse(error.code, error.message, place, error.help, key=error.code == "E211")
-                del holder[name]
-
-    def _hidden(self, name: str) -> Any:
-        """Return the field of an option that has a shape of its own (lambda, scheme)."""
-        for model in self.verb.classes:
-            for field_name, info in model.model_fields.items():
-                if name in (info.alias, field_name):
-                    return info
-        return None
-
-    def _typed(self, name: str, info: Any, value: Any) -> Any:
-        """Check one option by itself, as strictly as JSON: no text for numbers, no numbers for text."""
-        if name == "keep_experts":
-            return self._each(
-                value, self.places[name], lambda one, _: one if isinstance(one, str) else repr(one)
-            )
-        annotation = str(info.annotation)
-        if (
-            "tuple" in annotation
-            and not isinstance(value, (list, dict))
-            and value is not None
-            and "Literal" not in annotation
-        ):
-            value = [value]
-        try:
-            json.dumps(value, allow_nan=False)
-            _adapter(info).validate_json(json.dumps(value), strict=True)
-        except ValidationError as error:
-            self._refuse_field(name, error.errors()[0])
-        except ValueError:
-            self.wrong.add(name)
-            self.refuse("E224", f"{name} is {value!r}", self.places[name], "a finite number")
-        return value
-
-    def _refuse_field(self, name: str, error: Any) -> None:
-        self.wrong.add(name)
-        place = self.places.get(name, self.path)
-        inner = [part for part in error["loc"] if isinstance(part, int)]
-        message = str(error["msg"])
-        given = error.get("input")
-        if error["type"] == "missing":
-            self.refuse("E224", f"{self.verb.name} needs {name}", self.path, f"{name}: ...", key=True)
-            return
-        self.refuse("E224", f"{name} is {show(given)}: {message[:1].lower()}{message[1:]}", (*place, *inner))
-
-    def _build(self, values: dict[str, Any]) -> None:
-        """Build the request and let it check what belongs together."""
-        verb = self.verb.name
-        if verb == "merge":
-            from surgeon.merge.request import MergeRequest, resolve
-
-            resolve(MergeRequest(**values))
-        elif verb == "prune":
-            self._pruned(values)
-        elif verb == "edit":
-            values.pop("model", None)
-            self.verb.classes[0](**values).checked()
-        else:
-            self.verb.classes[0](**_as_text_lists(values)).checked()
-
-    def _pruned(self, values: dict[str, Any]) -> None:
-        from surgeon.prune import request as dense
-        from surgeon.prune.experts import request as experts
-
-        only = experts.ExpertRequest.model_fields.keys() - dense.PruneRequest.model_fields.keys()
-        method = str(values.get("method") or "").replace("_", "-").lower()
-        known = experts if method in experts.METHODS or (not method and only & values.keys()) else dense
-        built = known.build(**values)
-        if len(built.targets) > 1:
-            raise UsageError("E266", "a step makes one model, and several targets make several", help="give one, and vary it with sweep:")  # fmt: skip
-
-    def _place_of(self, message: str) -> KeyPath:
-        """Return where the option stands that a message of a request speaks of."""
-        for word in _OPTION.findall(message):
-            name = word.replace("-", "_")
-            for key in (name, f"target_{name}", f"param.{name}", f"models.{name}"):
-                if key in self.places:
-                    return self.places[key]
-        for name in re.findall(r'"([^"]+)"', message):
-            for key in (f"param.{name}", f"models.{name}"):
-                if key in self.places:
-                    return self.places[key]
-            for key, value in self.options.items():
-                if value == name and key in self.places:
-                    return self.places[key]
-        for key, value in self.options.items():
-            single = value[0] if isinstance(value, list) and len(value) == 1 else value
-            if isinstance(single, (int, float)) and not isinstance(single, bool) and f" {single:g} " in message:
-                return self.places.get(key, self.path)
-        for name in sorted(self.places, key=len, reverse=True):
-            word = name.rpartition(".")[2]
-            if re.search(rf"\b{re.escape(word)}\b", message):
-                return self.places[name]
-        return self.path
-
-
-def _adapter(info: Any) -> TypeAdapter[Any]:
-    """Return what checks one field alone: its type and its limits, without its alias."""
-    kind: Any = info.annotation
-    for limit in info.metadata:
-        kind = Annotated[kind, limit]
-    return TypeAdapter(kind)
-
-
-def _as_text_lists(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}

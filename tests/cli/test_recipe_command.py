@@ -38,13 +38,25 @@ def test_validate_says_which_file_is_wrong_and_where(surgeon, tmp_path):
     good = recipe(tmp_path)
     bad = recipe(tmp_path, "gates: [foo >= 1]\npublish: {step: nobody}\n", name="bad.yaml")
     merge = tmp_path / "merge.yml"
-    merge.write_text("merge_method: linear\nmodels:\n  - {model: a/b, parameters: {weight: 1}}\n  - {model: c/d, parameters: {weight: 1}}\n")
+    merge.write_text(
+        "merge_method: linear\nmodels:\n  - {model: a/b, parameters: {weight: 1}}\n  - {model: c/d, parameters: {weight: 1}}\n"
+    )
     ran = surgeon("validate", good, merge)
     assert ran.code == 0 and ran.out.splitlines() == [f"valid     {good}", f"valid     {merge}"]
     ran = surgeon("validate", good, bad)
-    assert ran.code == 2 and f"--> {bad}:12:9" in ran.err and f"--> {bad}:13:17" in ran.err and "E2009" in ran.err and "E226" in ran.err
+    assert (
+        ran.code == 2
+        and f"--> {bad}:12:9" in ran.err
+        and f"--> {bad}:13:17" in ran.err
+        and "E2009" in ran.err
+        and "E226" in ran.err
+    )
     found = surgeon("validate", good, bad, "--json").document
-    assert [row["valid"] for row in found["files"]] == [True, False] and found["exit_code"] == 2 and found["status"] == "failed"
+    assert (
+        [row["valid"] for row in found["files"]] == [True, False]
+        and found["exit_code"] == 2
+        and found["status"] == "failed"
+    )
     assert found["error"]["where"]["line"] == 12 and len(found["error"]["others"]) == 1
 
 
@@ -68,8 +80,14 @@ def test_show_prints_what_a_run_would_do(surgeon, tmp_path):
     path = recipe(tmp_path, EXPORT, "defaults: {max_shard_size: 2MB}\n")
     found = yaml.safe_load(surgeon("show", path, "--set", "steps.merged.merge.models.0.weight=0.5").out)
     assert found["models"]["long"] == str(MODELS / "long")
-    assert found["steps"][0]["merge"]["weight"] == [0.5] and found["steps"][1]["export"]["max_shard_size"] == 2_000_000
-    assert surgeon("show", path, "--json").document["recipe"]["publish"] == {"step": "wide", "when": "on_pass"}
+    assert (
+        found["steps"][0]["merge"]["weight"] == [0.5]
+        and found["steps"][1]["export"]["max_shard_size"] == 2_000_000
+    )
+    assert surgeon("show", path, "--json").document["recipe"]["publish"] == {
+        "step": "wide",
+        "when": "on_pass",
+    }
 
 
 def test_schema_is_one_json_document(surgeon):
@@ -86,7 +104,10 @@ def test_list_and_copy(surgeon, tmp_path):
     assert surgeon("copy", "merge-prune-quantize", target).code == 0 and surgeon("validate", target).code == 0
     again = surgeon("copy", "merge-prune-quantize", target)
     assert again.code == 6 and "E601" in again.err
-    assert surgeon("copy", "pipelines/merge-prune-quantize", tmp_path).code == 0 and (tmp_path / "merge-prune-quantize.yaml").is_file()
+    assert (
+        surgeon("copy", "pipelines/merge-prune-quantize", tmp_path).code == 0
+        and (tmp_path / "merge-prune-quantize.yaml").is_file()
+    )
     unknown = surgeon("copy", "merge-prune-quantise")
     assert unknown.code == 2 and 'did you mean "merge-prune-quantize"' in unknown.err
 
@@ -94,7 +115,11 @@ def test_list_and_copy(surgeon, tmp_path):
 def test_run_prints_steps_gates_and_the_model(capsys, scratch):
     path = recipe(scratch, EXPORT, "gates: [bytes <= 1GB]\n")
     ran = commands.run(capsys, "run", path, "-o", scratch / "out", "--threads", 1)
-    assert ran.code == 0 and f"wrote     {scratch / 'out'}" in ran.out and "gate passed   bytes <= 1GB" in ran.out
+    assert (
+        ran.code == 0
+        and f"wrote     {scratch / 'out'}" in ran.out
+        and "gate passed   bytes <= 1GB" in ran.out
+    )
     assert "merged  merge   done" in ran.out
     again = commands.run(capsys, "run", path, "-o", scratch / "out", "--threads", 1)
     assert f"unchanged {scratch / 'out'}" in again.out
@@ -104,19 +129,36 @@ def test_run_json_is_one_document_whatever_happens(capsys, scratch):
     path = recipe(scratch, EXPORT, "gates: [bytes <= 1KB]\n")
     ran = commands.run(capsys, "run", path, "-o", scratch / "out", "--threads", 1, "--json")
     found = ran.document
-    assert ran.code == 4 and found["status"] == "gate-failed" and found["exit_code"] == 4 and found["command"] == "run"
-    assert found["gates"][0]["value"] > found["gates"][0]["threshold"] == 1000 and found["error"]["code"] == "E401"
+    assert (
+        ran.code == 4
+        and found["status"] == "gate-failed"
+        and found["exit_code"] == 4
+        and found["command"] == "run"
+    )
+    assert (
+        found["gates"][0]["value"] > found["gates"][0]["threshold"] == 1000
+        and found["error"]["code"] == "E401"
+    )
     assert "error[E401]" in ran.err and "nothing was published" in ran.err
     assert [step["status"] for step in found["steps"]] == ["done", "done"] and not found["published"]
     (scratch / "full").mkdir()
     (scratch / "full" / "file.bin").write_bytes(b"x")
     failed = commands.run(capsys, "run", path, "-o", scratch / "full", "--json")
-    assert failed.code == 6 and failed.document["error"]["code"] == "E604" and failed.document["status"] == "failed"
+    assert (
+        failed.code == 6
+        and failed.document["error"]["code"] == "E604"
+        and failed.document["status"] == "failed"
+    )
 
 
 def test_a_dry_run_says_what_waits(capsys, scratch):
     ran = commands.run(capsys, "run", recipe(scratch, EXPORT), "-o", scratch / "out", "--dry-run")
-    assert ran.code == 0 and "waits for merged" in ran.out and "nothing was written" in ran.out and not (scratch / "out.work").exists()
+    assert (
+        ran.code == 0
+        and "waits for merged" in ran.out
+        and "nothing was written" in ran.out
+        and not (scratch / "out.work").exists()
+    )
 
 
 @pytest.mark.parametrize(
@@ -129,7 +171,9 @@ def test_a_dry_run_says_what_waits(capsys, scratch):
 def test_an_option_of_the_other_kind_of_file_is_refused(capsys, tmp_path, kind, option):
     path = recipe(tmp_path)
     if kind == "mergekit":
-        path.write_text(f"merge_method: linear\nmodels: [{{model: {MODELS}/long, parameters: {{weight: 1}}}}]\n")
+        path.write_text(
+            f"merge_method: linear\nmodels: [{{model: {MODELS}/long, parameters: {{weight: 1}}}}]\n"
+        )
     ran = commands.run(capsys, "run", path, "-o", tmp_path / "out", *option)
     assert ran.code == 2 and "E208" in ran.err and not (tmp_path / "out").exists()
 
@@ -142,7 +186,18 @@ def test_publish_takes_two_words(capsys, tmp_path):
 @pytest.mark.slow
 def test_a_signal_stops_the_run_and_the_same_command_goes_on(scratch):
     path = recipe(scratch, EXPORT)
-    line = [sys.executable, "-m", "surgeon", "run", str(path), "-o", str(scratch / "out"), "--json", "--threads", "1"]
+    line = [
+        sys.executable,
+        "-m",
+        "surgeon",
+        "run",
+        str(path),
+        "-o",
+        str(scratch / "out"),
+        "--json",
+        "--threads",
+        "1",
+    ]
     with open(scratch / "stdout", "w") as stdout:
         child = subprocess.Popen(line, stdout=stdout, stderr=subprocess.DEVNULL)
         state = scratch / "out.work" / "state" / "merged.json"

@@ -52,7 +52,9 @@ def edited(folder: Path, old: str, new: str, *parts: str) -> Path:
 def test_F1_an_unknown_key_is_shown_with_what_was_meant(tmp_path, old, new, line, column, help):
     errors = refusals(edited(tmp_path, old, new, EXPORT))
     assert (line, column) in [place[1:] for place in places(errors)]
-    error = next(e for e in errors if e.where is not None and (e.where.line, e.where.column) == (line, column))
+    error = next(
+        e for e in errors if e.where is not None and (e.where.line, e.where.column) == (line, column)
+    )
     assert help in str(error.help)
 
 
@@ -96,7 +98,12 @@ def test_F6_wrong_values_of_a_merge_and_of_the_recipe(tmp_path, old, new, code):
     if "models: {" in new:
         text.write_text(text.read_text().replace("0.5}]", "0.5}"))
     error = refusals(text)[0]
-    assert error.code == code and error.where is not None and error.where.line is not None and error.where.column is not None
+    assert (
+        error.code == code
+        and error.where is not None
+        and error.where.line is not None
+        and error.where.column is not None
+    )
 
 
 def test_F6_all_mistakes_of_a_file_are_shown_at_once(tmp_path):
@@ -119,7 +126,11 @@ def test_F7_missing_models_and_files_are_found_before_any_work(tmp_path):
     with pytest.raises(UsageError) as caught:
         found.check_files()
     errors = [caught.value, *caught.value.others]
-    assert [e.code for e in errors] == ["E2005", "E2005"] and "nowhere" in str(errors[0]) and "texts.jsonl" in str(errors[1])
+    assert (
+        [e.code for e in errors] == ["E2005", "E2005"]
+        and "nowhere" in str(errors[0])
+        and "texts.jsonl" in str(errors[1])
+    )
     assert errors[1].where is not None and errors[1].where.line == 13 and errors[1].where.column == 55
     with pytest.raises(UsageError):
         run(path, tmp_path / "out")
@@ -145,7 +156,12 @@ def test_F7_missing_models_and_files_are_found_before_any_work(tmp_path):
 )  # fmt: skip
 def test_F7_names_that_nothing_has(tmp_path, parts, code, word):
     error = refusals(recipe(tmp_path, *parts))[0]
-    assert error.code == code and word in f"{error.message} {error.help}" and error.where is not None and error.where.line is not None
+    assert (
+        error.code == code
+        and word in f"{error.message} {error.help}"
+        and error.where is not None
+        and error.where.line is not None
+    )
 
 
 def test_F8_variables_only_in_models_and_only_when_set(tmp_path, monkeypatch):
@@ -155,11 +171,17 @@ def test_F8_variables_only_in_models_and_only_when_set(tmp_path, monkeypatch):
     assert error.code == "E259" and places([error]) == [("E259", 4, 9)]
     monkeypatch.setenv("WHERE_MODELS_ARE", str(MODELS))
     assert native.read(path).models["long"].reference == str(MODELS / "long")
-    for part in ("  - id: ${WHERE_MODELS_ARE}\n    export: {}\n", "data: {x: '${WHERE_MODELS_ARE}/x.jsonl'}\n", "gates: ['bytes <= ${WHERE_MODELS_ARE}']\n"):
+    for part in (
+        "  - id: ${WHERE_MODELS_ARE}\n    export: {}\n",
+        "data: {x: '${WHERE_MODELS_ARE}/x.jsonl'}\n",
+        "gates: ['bytes <= ${WHERE_MODELS_ARE}']\n",
+    ):
         assert "E2006" in [e.code for e in refusals(recipe(tmp_path, part))]
 
 
-@pytest.mark.parametrize("target", ["../base.yaml", "/etc/passwd", "sub/../../base.yaml", "link.yaml", "nowhere.yaml", "3"])
+@pytest.mark.parametrize(
+    "target", ["../base.yaml", "/etc/passwd", "sub/../../base.yaml", "link.yaml", "nowhere.yaml", "3"]
+)
 def test_F8_a_recipe_extends_only_what_lies_below_it(tmp_path, target):
     folder = tmp_path / "mine"
     folder.mkdir()
@@ -195,7 +217,11 @@ def test_F10_the_version_is_read_first(tmp_path, text, word):
     path = edited(tmp_path, "version: 1", text + "\nkey_of_the_future: {}")
     errors = refusals(path)
     assert [e.code for e in errors] == ["E202"], "what a newer version may hold is none of ours to judge"
-    assert word in f"{errors[0].message} {errors[0].help}" and errors[0].where is not None and errors[0].where.line == 1
+    assert (
+        word in f"{errors[0].message} {errors[0].help}"
+        and errors[0].where is not None
+        and errors[0].where.line == 1
+    )
 
 
 @pytest.mark.parametrize(
@@ -212,7 +238,9 @@ def test_G4_a_recipe_says_nothing_about_places_code_or_the_machine(tmp_path, ste
     assert "E2008" in [e.code for e in errors]
 
 
-@pytest.mark.parametrize("key", ["run", "shell", "python", "module", "script", "exec", "hooks", "env", "output"])
+@pytest.mark.parametrize(
+    "key", ["run", "shell", "python", "module", "script", "exec", "hooks", "env", "output"]
+)
 def test_G4_there_are_no_keys_for_commands_or_modules(tmp_path, key):
     assert refusals(recipe(tmp_path, f"{key}: rm\n"))[0].code == "E203"
     assert "E203" in [e.code for e in refusals(recipe(tmp_path, f"  - id: x\n    {key}: rm\n"))]
@@ -236,17 +264,27 @@ def test_J1_a_failed_step_leaves_the_finished_ones_and_says_which(scratch, monke
     assert caught.value.message == "step wide: not a number"
     left = json.loads((scratch / "out.work" / "result.json").read_text())
     assert [step["status"] for step in left["steps"]] == ["done", "failed", "skipped"]
-    assert left["error"]["code"] == "E321" and left["exit_code"] == 3 and left["results"]["merged"]["parameters"] > 1e6
-    assert not (scratch / "out").exists() and not verify_path(scratch / "out.work" / "steps" / "merged").errors
+    assert (
+        left["error"]["code"] == "E321"
+        and left["exit_code"] == 3
+        and left["results"]["merged"]["parameters"] > 1e6
+    )
+    assert (
+        not (scratch / "out").exists() and not verify_path(scratch / "out.work" / "steps" / "merged").errors
+    )
     monkeypatch.setitem(verbs._VERBS, "export", real)
     document = run(path, scratch / "out", threads=1)
-    assert [step["status"] for step in document["steps"]] == ["unchanged", "done", "done"] and document["published"]
+    assert [step["status"] for step in document["steps"]] == ["unchanged", "done", "done"] and document[
+        "published"
+    ]
 
 
 def test_J2_a_failed_gate_is_exit_4_with_value_and_threshold_and_the_model_is_withheld(scratch):
     path = recipe(scratch, "gates: [bytes <= 2MB, parameters >= 2M]\n")
     document = run(path, scratch / "out", threads=1)
-    assert document["exit_code"] == 4 and document["status"] == "gate-failed" and not (scratch / "out").exists()
+    assert (
+        document["exit_code"] == 4 and document["status"] == "gate-failed" and not (scratch / "out").exists()
+    )
     assert [(gate["passed"], gate["threshold"]) for gate in document["gates"]] == [(False, 2e6), (False, 2e6)]
     assert all(gate["value"] is not None and gate["reason"] for gate in document["gates"])
     assert document["error"]["code"] == "E401" and len(document["error"]["others"]) == 1

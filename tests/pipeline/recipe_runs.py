@@ -52,5 +52,7 @@ def texts(folder: Path, records: int = 3) -> Path:
     path, drawn = folder / "texts.jsonl", random.Random(4)
     with open(path, "w") as stream:
         for question in itertools.islice(task.questions("train", 0), records):
-            stream.write(json.dumps({"prompt": question.text, "response": task.solve(question, 1.0, drawn)}) + "\n")
+            stream.write(
+                json.dumps({"prompt": question.text, "response": task.solve(question, 1.0, drawn)}) + "\n"
+            )
     return path

@@ -24,7 +24,11 @@ def statuses(document) -> dict[str, str]:
 
 
 def everything(folder) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def go(path, out, **options):
@@ -36,6 +40,7 @@ def calls(monkeypatch):
     """Count which verbs really run."""
     seen: list[str] = []
     for name, function in list(verbs._VERBS.items()):
+
         def counted(options, output, machine, dry, resume, *, name=name, function=function):
             if not dry:
                 seen.append(name)
@@ -57,9 +62,14 @@ def test_the_output_is_exactly_the_published_model(scratch):
     api.export(scratch / "by" / "merged", scratch / "by" / "out", dtype="float32", threads=1)
     assert everything(scratch / "out") == everything(scratch / "by" / "out")
     work = scratch / "out.work"
-    assert not (work / "steps").exists() and not (work / "publish").exists(), "models of steps go once one is published"
+    assert not (work / "steps").exists() and not (work / "publish").exists(), (
+        "models of steps go once one is published"
+    )
     assert json.loads((work / "result.json").read_text())["steps"][1]["document"]["command"] == "export"
-    assert json.loads((work / "results" / "merged.json").read_text())["output"]["parameters"] == document["results"]["merged"]["parameters"]
+    assert (
+        json.loads((work / "results" / "merged.json").read_text())["output"]["parameters"]
+        == document["results"]["merged"]["parameters"]
+    )
     assert sorted(p.name for p in scratch.iterdir() if p.name.startswith(".")) == []
 
 
@@ -96,7 +106,9 @@ def test_other_inputs_and_options_are_noticed(scratch, calls):
     content[-1] ^= 1
     flipped.write_bytes(content)
     go(path, scratch / "out", overwrite=True, **options)
-    assert calls == ["merge"] * 3 and not verify_path(scratch / "out").errors, "a damaged result does not count"
+    assert calls == ["merge"] * 3 and not verify_path(scratch / "out").errors, (
+        "a damaged result does not count"
+    )
 
 
 def test_a_failed_gate_withholds_the_model_and_says_where_it_is(scratch, calls):
@@ -106,12 +118,23 @@ def test_a_failed_gate_withholds_the_model_and_says_where_it_is(scratch, calls):
     assert (document["status"], document["exit_code"], document["published"]) == ("gate-failed", 4, False)
     failed, passed = document["gates"]
     assert not failed["passed"] and passed["passed"] and failed["step"] == "scores"
-    assert failed["threshold"] == pytest.approx(0.01 * failed["baseline"]) and failed["value"] > failed["threshold"]
-    assert document["error"]["code"] == "E401" and str(scratch / "out.work" / "publish" / "out") in document["error"]["help"]
+    assert (
+        failed["threshold"] == pytest.approx(0.01 * failed["baseline"])
+        and failed["value"] > failed["threshold"]
+    )
+    assert (
+        document["error"]["code"] == "E401"
+        and str(scratch / "out.work" / "publish" / "out") in document["error"]["help"]
+    )
     assert not (scratch / "out").exists() and not verify_path(scratch / "out.work" / "publish" / "out").errors
     assert json.loads((scratch / "out.work" / "result.json").read_text())["gates"] == document["gates"]
     always = go(path, scratch / "out", publish="always")
-    assert calls == ["merge", "eval"] and always["published"] and always["exit_code"] == 4 and (scratch / "out").is_dir()
+    assert (
+        calls == ["merge", "eval"]
+        and always["published"]
+        and always["exit_code"] == 4
+        and (scratch / "out").is_dir()
+    )
 
 
 def test_without_gates_everything_is_published(scratch):
@@ -123,7 +146,9 @@ def test_a_warning_ends_a_strict_run(scratch):
     path = recipe(scratch, "data: {unused: x.jsonl}\n")
     with pytest.raises(UsageError) as caught:
         go(path, scratch / "out", strict=True)
-    assert caught.value.code == "E220" and not (scratch / "out").exists() and not (scratch / "out.work").exists()
+    assert (
+        caught.value.code == "E220" and not (scratch / "out").exists() and not (scratch / "out.work").exists()
+    )
 
 
 def test_one_step_at_a_time(scratch, calls):
@@ -132,20 +157,33 @@ def test_one_step_at_a_time(scratch, calls):
         go(path, scratch / "out", start="wide")
     assert caught.value.code == "E2010" and "merged" in caught.value.message
     first = go(path, scratch / "out", until="merged")
-    assert statuses(first) == {"merged": "done", "wide": "skipped"} and not first["published"] and not (scratch / "out").exists()
+    assert (
+        statuses(first) == {"merged": "done", "wide": "skipped"}
+        and not first["published"]
+        and not (scratch / "out").exists()
+    )
     second = go(path, scratch / "out", only=["wide"])
     assert statuses(second) == {"merged": "unchanged", "wide": "done"} and second["published"]
     assert calls == ["merge", "export"]
-    for wrong in ({"only": ["wdie"]}, {"start": "wide", "until": "merged"}, {"only": ["wide"], "until": "wide"}):
+    for wrong in (
+        {"only": ["wdie"]},
+        {"start": "wide", "until": "merged"},
+        {"only": ["wide"], "until": "wide"},
+    ):
         with pytest.raises(UsageError) as caught:
             go(path, scratch / "out", **wrong)
         assert caught.value.code == "E2010"
 
 
 def test_a_work_folder_elsewhere_keeps_what_is_asked_for(scratch):
-    document = go(recipe(scratch, EXPORT), scratch / "out", work=scratch / "elsewhere", keep_intermediate=True)
+    document = go(
+        recipe(scratch, EXPORT), scratch / "out", work=scratch / "elsewhere", keep_intermediate=True
+    )
     assert document["steps"][0]["path"] == str(scratch / "elsewhere" / "steps" / "merged")
-    assert not verify_path(scratch / "elsewhere" / "steps" / "merged").errors and not (scratch / "out.work").exists()
+    assert (
+        not verify_path(scratch / "elsewhere" / "steps" / "merged").errors
+        and not (scratch / "out.work").exists()
+    )
 
 
 def test_a_dry_run_writes_nothing(scratch):
@@ -215,7 +253,9 @@ def test_publication_goes_on_after_a_failure_at_any_call(scratch):
         shutil.copytree(kept, place / "out.work")
         out, failed = place / "out", False
         try:
-            publication.publish({"": place / "out.work" / "publish" / "out"}, out, overwrite=False, disk=Failing(n))
+            publication.publish(
+                {"": place / "out.work" / "publish" / "out"}, out, overwrite=False, disk=Failing(n)
+            )
         except OSError:
             failed = True
             if out.exists():
@@ -224,7 +264,11 @@ def test_publication_goes_on_after_a_failure_at_any_call(scratch):
             assert n > 5
             break
         document = go(path, out)
-        assert document["published"] and everything(out) == wanted and set(statuses(document).values()) == {"unchanged"}, n
+        assert (
+            document["published"]
+            and everything(out) == wanted
+            and set(statuses(document).values()) == {"unchanged"}
+        ), n
         assert [p.name for p in place.iterdir() if p.name.startswith(".")] == [], n
         shutil.rmtree(place)
     else:
@@ -248,7 +292,9 @@ def test_publication_to_another_file_system_copies_and_verifies(scratch, monkeyp
 
 
 def test_a_sweep_publishes_the_points_that_pass(scratch, calls):
-    path = recipe(scratch, EXPORT, "gates: [bytes <= 3MB]\nsweep: {steps.wide.export.dtype: [float32, bfloat16]}\n")
+    path = recipe(
+        scratch, EXPORT, "gates: [bytes <= 3MB]\nsweep: {steps.wide.export.dtype: [float32, bfloat16]}\n"
+    )
     document = go(path, scratch / "out")
     assert [(point["name"], point["passed"], point["published"]) for point in document["points"]] == [
         ("dtype=float32", False, False), ("dtype=bfloat16", True, True),
@@ -265,7 +311,9 @@ def test_a_sweep_publishes_the_points_that_pass(scratch, calls):
 def test_a_sweep_of_which_no_point_passes(scratch):
     path = recipe(scratch, "gates: [bytes <= 1]\nsweep: {steps.merged.merge.models.0.weight: [0.5, 1.0]}\n")
     document = go(path, scratch / "out")
-    assert document["exit_code"] == 4 and document["error"]["code"] == "E4001" and not (scratch / "out").exists()
+    assert (
+        document["exit_code"] == 4 and document["error"]["code"] == "E4001" and not (scratch / "out").exists()
+    )
 
 
 def test_an_interrupted_step_is_continued(scratch, calls):
@@ -279,18 +327,34 @@ def test_an_interrupted_step_is_continued(scratch, calls):
     with pytest.raises(Interrupted):
         go(path, scratch / "out", stop=stop, progress=tell)
     left = json.loads((scratch / "out.work" / "result.json").read_text())
-    assert statuses(left) == {"merged": "done", "wide": "failed"} and left["status"] == "failed" and left["exit_code"] == 130
+    assert (
+        statuses(left) == {"merged": "done", "wide": "failed"}
+        and left["status"] == "failed"
+        and left["exit_code"] == 130
+    )
     document = go(path, scratch / "out")
-    assert statuses(document) == {"merged": "unchanged", "wide": "done"} and calls == ["merge", "export", "export"]
+    assert statuses(document) == {"merged": "unchanged", "wide": "done"} and calls == [
+        "merge",
+        "export",
+        "export",
+    ]
 
 
 def test_a_step_that_was_changed_after_an_interruption_begins_anew(scratch, monkeypatch):
     path = recipe(scratch, EXPORT)
     stop = threading.Event()
     with pytest.raises(Interrupted):
-        go(path, scratch / "out", stop=stop, progress=lambda what, *_: stop.set() if what.startswith("wide") else None)
+        go(
+            path,
+            scratch / "out",
+            stop=stop,
+            progress=lambda what, *_: stop.set() if what.startswith("wide") else None,
+        )
     document = go(path, scratch / "out", set=["steps.wide.export.dtype=float16"])
-    assert document["published"] and json.loads((scratch / "out" / "config.json").read_text())["dtype"] == "float16"
+    assert (
+        document["published"]
+        and json.loads((scratch / "out" / "config.json").read_text())["dtype"] == "float16"
+    )
 
 
 def test_no_resume_begins_from_the_first_step(scratch, calls):
@@ -304,16 +368,26 @@ def test_a_gguf_file_is_published_with_its_manifest(scratch):
     pytest.importorskip("gguf")
     path = recipe(scratch, "  - id: file\n    export: {to: gguf, check: false}\n")
     document = go(path, scratch / "small.gguf")
-    assert document["published"] and (scratch / "small.gguf").is_file() and (scratch / "small.gguf.surgeon.json").is_file()
+    assert (
+        document["published"]
+        and (scratch / "small.gguf").is_file()
+        and (scratch / "small.gguf.surgeon.json").is_file()
+    )
     assert go(path, scratch / "small.gguf")["unchanged"]
 
 
 def test_the_same_recipe_without_a_model_keeps_only_results(scratch):
     texts(scratch)
     path = scratch / "eval.yaml"
-    path.write_text(f"version: 1\nname: judged\nmodels: {{long: {MODELS}/long}}\nsteps:\n  - id: scores\n    eval: {{perplexity: texts.jsonl}}\n")
+    path.write_text(
+        f"version: 1\nname: judged\nmodels: {{long: {MODELS}/long}}\nsteps:\n  - id: scores\n    eval: {{perplexity: texts.jsonl}}\n"
+    )
     document = go(path, scratch / "out")
-    assert document["results"]["scores"]["perplexity"] > 1 and not document["published"] and not (scratch / "out").exists()
+    assert (
+        document["results"]["scores"]["perplexity"] > 1
+        and not document["published"]
+        and not (scratch / "out").exists()
+    )
 
 
 def test_a_full_disk_keeps_the_finished_steps(scratch, monkeypatch):

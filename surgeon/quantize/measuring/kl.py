@@ -130,7 +130,7 @@ class Whole:
         self._checkpoint = job.checkpoint
         self._skeleton = skeleton = Skeleton(job.checkpoint, replace(job.settings, spill=None))
         lengths = [len(sample) for sample in job.search]
-        self._batches = plan_batches(lengths, job.settings.batch_tokens, alone=True)
+        self._batches = plan_batches(lengths, job.settings.batch_tokens, equal=True)
         size = torch.empty(0, dtype=skeleton.dtype).element_size()
         states = sum(lengths) * skeleton.hidden_size * size * (skeleton.layers + 2 + len(job.menu))
         weights = (
@@ -147,7 +147,7 @@ class Whole:
                 f"{job.settings.budget() / 1e9:,.1f} GB", help="raise --memory-limit, or use --sensitivity fisher or rel-output",
             )  # fmt: skip
         self._inputs: list[InMemory] = []
-        self._calls: dict[int, tuple[Call, ...]] = {}
+        self._calls: dict[tuple[int, int], tuple[Call, ...]] = {}
         self._final: list[Tensor] = []
 
     def __enter__(self) -> Whole:
@@ -173,14 +173,16 @@ class Whole:
         for number, batch in enumerate(self._batches):
             self._job.check_stop()
             recording = self._skeleton.record(batch.ids(self._job.search))
-            self._calls.setdefault(batch.length, recording.calls)
+            self._calls.setdefault((len(batch.samples), batch.length), recording.calls)
             yield number, recording.hidden
 
     def _call(self, layer: int, number: int, states: Tensor) -> Tensor:
-        return self._skeleton.call(layer, states, self._calls[self._batches[number].length][layer])
+        batch = self._batches[number]
+        return self._skeleton.call(layer, states, self._calls[len(batch.samples), batch.length][layer])
 
     def _finish(self, number: int, states: Tensor) -> Tensor:
-        return self._skeleton.finish(self._batches[number].ids(self._job.search), states)[0]
+        """Return the last hidden states [positions, hidden] of a batch; equal lengths, so there is no padding."""
+        return self._skeleton.finish(self._batches[number].ids(self._job.search), states).flatten(0, 1)
 
     def divergences(
         self, layer: int, plain: Mapping[Matrix, Tensor], versions: Sequence[Mapping[Matrix, Tensor]]
