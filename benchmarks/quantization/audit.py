@@ -16,6 +16,7 @@ words); the exit status is 1 where something differs.
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import shutil
 import sys
@@ -131,7 +132,9 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description="Predicted sizes and bits against what is stored.")
     made.add_argument("model", type=Path)
     made.add_argument("words", nargs="*", help="rows whose name holds all of them")
-    made.add_argument("--output", type=Path, help="folder to work in [a temporary one]")
+    made.add_argument(
+        "--output", type=Path, help="folder to work in, where finished rows are kept [a temporary one]"
+    )
     made.add_argument("--threads", type=int, default=1)
     return made
 
@@ -140,11 +143,16 @@ def main() -> None:
     given = parser().parse_args()
     torch.set_num_threads(given.threads)
     chosen = [name for name in CASES if all(word in name for word in given.words)]
-    found = {}
+    kept = given.output / "audit.json" if given.output else None
+    found = json.loads(kept.read_text()) if kept and kept.exists() else {}
     with tempfile.TemporaryDirectory(dir=given.output) as folder:
         for name in chosen:
+            if name in found:
+                continue
             found[name] = one = measured(name, given.model, Path(folder))
-            print(f"{name}: {one}", flush=True)
+            print(f"{name}: {'good' if one['good'] else 'DIFFERS'} {one}", flush=True)
+            if kept:
+                kept.write_text(json.dumps(found))
     if not given.words:
         (HERE / "RESULTS-audit.md").write_text(page(found, given.model))
     sys.exit(not all(one["good"] for one in found.values()))

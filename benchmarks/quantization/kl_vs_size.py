@@ -65,12 +65,15 @@ def rows() -> list[Row]:
         for method in ("rtn", "gptq"):
             found.append(Row(f"uniform{bits}-{method}", "surgeon", ("--scheme", f"W{bits}A16", "--method", method),
                              label={"kind": "one width", "method": method}))  # fmt: skip
+        other = "--no-clip" if bits <= 3 else "--clip"  # what the program does not do by itself at this width
+        found.append(Row(f"uniform{bits}-gptq{other[1:]}", "surgeon", ("--scheme", f"W{bits}A16", "--method", "gptq", other),
+                         label={"kind": "one width", "method": f"gptq {other}"}))  # fmt: skip
         for observer in ("minmax", "mse"):
             found.append(Row(f"llmcompressor{bits}-{observer}", "llmcompressor", ("--bits", str(bits), "--observer", f"memoryless_{observer}"),
                              label={"kind": "one width", "method": f"llm-compressor gptq, {observer}"}))  # fmt: skip
     for target in TARGETS:
         for kind in KINDS:
-            for method in ("gptq", "rtn"):
+            for method in ("gptq", "rtn") if kind in ("rel-output", "fisher") else ("gptq",):
                 found.append(Row(f"mixed{target}-{kind}-{method}", "surgeon",
                                  ("--target-bits", str(target), "--sensitivity", kind, "--method", method),
                                  label={"kind": kind, "method": method}))  # fmt: skip

@@ -13,12 +13,8 @@ import sys
 import time
 from pathlib import Path
 
-os.environ.setdefault("LOGURU_LEVEL", "ERROR")
-CHANNEL = os.fdopen(os.dup(1), "w")
-os.dup2(2, 1)  # what libraries print must not get between the answers
-
-import torch  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
+import torch
+from safetensors.torch import load_file, save_file
 
 CHUNK = 2048
 """Tokens that arrive at once, as one sequence of a calibration text would."""
@@ -265,15 +261,18 @@ def serve(program, job: dict) -> dict:
 
 
 def main() -> None:
+    os.environ.setdefault("LOGURU_LEVEL", "ERROR")
+    channel = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print must not get between the answers
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     program = PROGRAMS[sys.argv[1]]()
-    print(json.dumps({"ready": sys.argv[1]}), file=CHANNEL, flush=True)
+    print(json.dumps({"ready": sys.argv[1]}), file=channel, flush=True)
     for line in sys.stdin:
         try:
             answer = serve(program, json.loads(line))
         except Exception as error:
             answer = {"error": f"{type(error).__name__}: {error}"[:500]}
-        print(json.dumps(answer), file=CHANNEL, flush=True)
+        print(json.dumps(answer), file=channel, flush=True)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -169,18 +168,13 @@ def _run_native(
         document = job.failed(error)
         show(out, document)
         out.error(error)
-        return _plain(document)
+        return document
     show(out, document)
     assert job is not None
     refusal = job.refusal()
     if refusal is not None and document["status"] == "gate-failed":
         out.error(refusal)
-    return _plain(document)
-
-
-def _plain(document: dict[str, Any]) -> dict[str, Any]:
-    """Return the document as JSON has it; what a step's own document holds may be more than that."""
-    return json.loads(json.dumps(document, default=str))
+    return document
 
 
 def show(out: Output, document: dict[str, Any]) -> None:

@@ -224,4 +224,4 @@ def _read(found: Any, asked: bool) -> list[dict[str, Any]]:
 def _quantized_against(logits: dict[str, Any]) -> str:
     """Say what a quantized model was compared with, and how far its kernels take it."""
     what = "the numbers it stands for" if logits["own"] else "another model: how far quantizing moved it"
-    return f"against {what}, its matrices decoded (relative {logits['as_run']:.3g} as its kernels run)"
+    return f"compared with {what}, its matrices decoded (relative {logits['as_run']:.3g} as its kernels run)"

@@ -14,6 +14,7 @@ from surgeon.checkpoint.header import printable
 from surgeon.errors import InputError, Where
 from surgeon.formats.scheme import Scheme
 from surgeon.kernels.cast import narrow, round_to, widen
+from surgeon.traits import text_section
 
 CHUNK = 1 << 18
 """Values worked on at once, so that intermediate float32 stays in a core's cache."""
@@ -84,8 +85,17 @@ class Format:
 
 
 def plain_dtype(checkpoint: Checkpoint, scales: str) -> str:
-    """Return the type that values take which are multiplied by some scales: theirs if it has 16 bits, else bfloat16."""
-    return "F16" if checkpoint.tensors[scales].dtype == "F16" else "BF16"
+    """Return the type that values take which are multiplied by some scales: theirs if it has 16 bits, else bfloat16.
+
+    Scales of float32 alone do not tell: FP8 blocks of bfloat16 models have them. A model that says it is float32 has its
+    values so, too.
+    """
+    held = checkpoint.tensors[scales].dtype
+    if held != "F32":
+        return "F16" if held == "F16" else "BF16"
+    config = checkpoint.config or {}
+    said = {section.get(key) for section in (config, text_section(config)) for key in ("dtype", "torch_dtype")}
+    return "F32" if said - {None} == {"float32"} else "BF16"
 
 
 def numbers(checkpoint: Checkpoint, name: str, start: int, stop: int) -> np.ndarray:

@@ -23,13 +23,19 @@ from surgeon.pipeline.digests import intact, made_digest
 
 
 def publish(
-    candidates: Mapping[str, Path], destination: Path, *, overwrite: bool, disk: Disk | None = None
+    candidates: Mapping[str, Path],
+    destination: Path,
+    *,
+    overwrite: bool,
+    resume: bool = True,
+    disk: Disk | None = None,
 ) -> None:
     """Move verified models to their destination, all at once.
 
     Args:
         candidates: "" -> the one model, which becomes the destination; or name -> model of a sweep, each a folder in it.
         overwrite: replace what is there, as a whole.
+        resume: go on with what an interrupted publication left; else it is thrown away.
 
     Raises:
         InputError: E353 a candidate is not what its manifest says.
@@ -40,7 +46,7 @@ def publish(
     stage.recover_overwritten(destination, disk)
     plan = identity(candidates)
     opened = stage.open_staging(
-        destination, {"program": __version__, "run": plan}, plan, is_file=is_file, resume=True, disk=disk
+        destination, {"program": __version__, "run": plan}, plan, is_file=is_file, resume=resume, disk=disk
     )
     try:
         if not any("verified" in record for record in opened.records):

@@ -217,8 +217,6 @@ class Run:
     def _forget(self) -> None:
         for name in (STEPS, PUBLISH, RESULTS, STATE, POINTS):
             shutil.rmtree(self.work / name, ignore_errors=True)
-        for leftover in stage.leftovers(self.destination):
-            shutil.rmtree(leftover, ignore_errors=True)
 
     # ---- gates and publication -------------------------------------------------------------------
 
@@ -243,7 +241,7 @@ class Run:
         if not candidates:
             return
         if any(path != self.runs[name].shelf.destination for name, path in candidates.items()):
-            publication.publish(candidates, self.destination, overwrite=self.overwrite)
+            publication.publish(candidates, self.destination, overwrite=self.overwrite, resume=self.resume)
         for name in candidates:
             steps = self.runs[name]
             assert steps.recipe.publish is not None
@@ -272,13 +270,15 @@ class Run:
         points = [self._point(name) for name in self.runs] if self.recipe.points else []
         one = {} if self.recipe.points else self._point("") if "" in self.runs else {}
         text = json.dumps(self.recipe.plain(), sort_keys=True, default=str)
-        return {
+        unchanged = not self.changed and status != "dry-run" and bool(self.runs) and self._all_there()
+        found = {
             "schema": 1, "command": "run", "status": status, "exit_code": 0 if error is None else error.exit_code,
             "recipe": {"name": self.recipe.name, "file": self.recipe.file, "sha256": hashlib.sha256(text.encode()).hexdigest()},
             "output": self._output(), "work": str(self.work), "steps": one.get("steps", []), "results": one.get("results", {}),
-            "gates": one.get("gates", []), "points": points, "published": bool(self.published), "unchanged": bool(self.runs) and not self.changed and status != "dry-run" and self._all_there(),
+            "gates": one.get("gates", []), "points": points, "published": bool(self.published), "unchanged": unchanged,
             "seconds": round(time.perf_counter() - self.began, 3), "warnings": self.warnings(), "error": None if error is None else plain_error(error),
         }  # fmt: skip
+        return _finite(found)
 
     def _point(self, name: str) -> dict[str, Any]:
         steps = self.runs[name]
@@ -329,9 +329,9 @@ class Run:
         return results.refusal(self.decided[""], said or "no step makes a model, so nothing is withheld")
 
     def _save(self, document: dict[str, Any]) -> dict[str, Any]:
-        """Write result.json; what NaN there is in documents of steps becomes null."""
+        """Keep the document in the work folder."""
         self.work.mkdir(parents=True, exist_ok=True)
-        write_json(_finite(document), self.work / RESULT)
+        write_json(document, self.work / RESULT)
         return document
 
     @contextlib.contextmanager

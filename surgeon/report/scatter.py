@@ -1,4 +1,4 @@
-"""The Pareto plot as a list of drawn things, independent of the file it is drawn into.
+"""Pareto plots as lists of drawn things, independent of the file they are drawn into.
 
 `svg.py` and `png.py` draw the same scene, so that both show the same places, ticks and labels.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from surgeon.report import labels
 from surgeon.report.axis import Axis, accuracy_axis, round_step, tokens_axis
@@ -29,8 +29,30 @@ def look(series: int) -> tuple[str, str]:
 
 
 @dataclass(frozen=True)
+class Plane:
+    """What a plot compares: a quality upwards, more is better, and a cost or a gain to the right.
+
+    Attributes:
+        up: name of the quality, a fraction.
+        right: name of what lies to the right.
+        more: whether more of it is better.
+        order: how the front is ordered, in words.
+        unit: written behind the ticks to the right.
+    """
+
+    up: str
+    right: str
+    more: bool
+    order: str
+    unit: str = ""
+
+
+TOKENS = Plane("Accuracy", "Mean tokens per answer", False, "shortest answers first")
+
+
+@dataclass(frozen=True)
 class Dot:
-    """One model of the plot."""
+    """One model of the plot; ``point.tokens`` is its place to the right, whatever the plane compares."""
 
     name: str
     point: Point
@@ -56,6 +78,8 @@ class Area:
     points: tuple[tuple[float, float], ...]
     role: str
     opacity: float
+    detail: str = ""
+    """What a pointer resting on it shows."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +146,7 @@ def layout(
     log_tokens: bool = False,
     iso_lines: bool = False,
     title: str = "Accuracy against mean tokens per answer",
+    plane: Plane = TOKENS,
 ) -> Scene:
     """Lay out the plot: accuracy upwards, mean tokens per answer to the right, intervals as bars.
 
@@ -129,6 +154,7 @@ def layout(
         dots: at least one.
         series: names by `Dot.series`, for the legend.
         iso_lines: lines of equal accuracy per 1,000 tokens.
+        plane: what is compared, where it is not accuracy and tokens.
     """
     legend, legend_bottom = _legend(dots, series, style)
     right, bottom = style.width - 16, style.height - 44
@@ -137,15 +163,15 @@ def layout(
                     style.left, right, log_tokens)  # fmt: skip
     y = accuracy_axis([v for d in dots for v in _span(d.point.accuracy, d.point.accuracy_low, d.point.accuracy_high)],
                       bottom, top)  # fmt: skip
-    best = front([d.point for d in dots])
+    best = best_of(dots, plane)
     items: list[Line | Area | Marker | Text] = [*legend]
-    items += _grid(x, y, style)
+    items += _grid(x, y, style, plane)
     solid: list[Box] = []
     if iso_lines:
         drawn, occupied = _iso_lines(x, y, style)
         items += drawn
         solid += occupied
-    stairs, soft = _front_line([dots[i].point for i in best], x, y)
+    stairs, soft = _front_line([dots[i].point for i in best], x, y, plane)
     items += stairs
     for dot in dots:
         bars, boxes = _bars(dot, x, y)
@@ -157,14 +183,23 @@ def layout(
     for dot in sorted(range(len(dots)), key=lambda i: (i in best, -i)):
         items.append(_marker(dots[dot], dot in best, x, y))
     items += named
-    return Scene(style.width, style.height, tuple(items), title, describe(dots), boxes)
+    return Scene(style.width, style.height, tuple(items), title, describe(dots, plane), boxes)
 
 
-def describe(dots: Sequence[Dot]) -> str:
+def best_of(dots: Sequence[Dot], plane: Plane = TOKENS) -> list[int]:
+    """Return the indices of the dots on the Pareto front, the best to the right first."""
+    return front([_mirrored(d.point) if plane.more else d.point for d in dots])
+
+
+def _mirrored(point: Point) -> Point:
+    return replace(point, tokens=-point.tokens)
+
+
+def describe(dots: Sequence[Dot], plane: Plane = TOKENS) -> str:
     """Return the plot in words."""
-    best = front([d.point for d in dots])
+    best = best_of(dots, plane)
     told = "; ".join(f"{dots[i].name} {dots[i].figures}" for i in best[:40])
-    return f"{len(dots)} model{'s' if len(dots) != 1 else ''}. On the Pareto front, shortest answers first: {told}."
+    return f"{len(dots)} model{'s' if len(dots) != 1 else ''}. On the Pareto front, {plane.order}: {told}."
 
 
 def _span(value: float, low: float | None, high: float | None) -> tuple[float, float]:
@@ -197,7 +232,7 @@ def _legend(dots: Sequence[Dot], series: Sequence[str], style: Style) -> tuple[l
     return items, y
 
 
-def _grid(x: Axis, y: Axis, style: Style) -> list:
+def _grid(x: Axis, y: Axis, style: Style, plane: Plane) -> list:
     size = style.font - 1
     ticks_x, ticks_y = x.ticks(style.ticks_x), y.ticks(style.ticks_y)
     items: list = []
@@ -217,14 +252,14 @@ def _grid(x: Axis, y: Axis, style: Style) -> list:
     for tick in ticks_x:
         place = x.place(tick)
         items.append(Line(((place, y.start), (place, y.start + 5)), "axis"))
-        items.append(Text(place, y.start + 6 + size, f"{tick:,.10g}", size, "muted", "middle"))
-    items.append(Text(4, y.end - 14, "Accuracy, higher is better", size, "ink"))
+        items.append(Text(place, y.start + 6 + size, f"{tick:,.10g}{plane.unit}", size, "muted", "middle"))
+    items.append(Text(4, y.end - 14, f"{plane.up}, higher is better", size, "ink"))
     scale = " (logarithmic)" if x.log else ""
     items.append(
         Text(
             x.end,
             y.start + 12 + 2 * style.font,
-            f"Mean tokens per answer{scale}, fewer is better",
+            f"{plane.right}{scale}, {'more' if plane.more else 'fewer' if plane is TOKENS else 'less'} is better",
             size,
             "ink",
             "end",
@@ -259,8 +294,12 @@ def _iso_lines(x: Axis, y: Axis, style: Style) -> tuple[list, list[Box]]:
     return items, boxes
 
 
-def _front_line(points: list[Point], x: Axis, y: Axis) -> tuple[list, list[Box]]:
-    corners = [(x.place(t), y.place(a)) for t, a in staircase(points, x.high, y.low)]
+def _front_line(points: list[Point], x: Axis, y: Axis, plane: Plane) -> tuple[list, list[Box]]:
+    if plane.more:
+        stairs = [(-t, a) for t, a in staircase([_mirrored(p) for p in points], -x.low, y.low)]
+    else:
+        stairs = staircase(points, x.high, y.low)
+    corners = [(x.place(t), y.place(a)) for t, a in stairs]
     base = [(corners[-1][0], y.start), (corners[0][0], y.start)]
     soft = []
     for (ax, ay), (bx, by) in itertools.pairwise(corners):

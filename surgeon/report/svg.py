@@ -71,7 +71,8 @@ def _item(item: Line | Area | Marker | Text) -> str:
                 f'{dash}{_opacity(item.opacity)}/>')  # fmt: skip
     if isinstance(item, Area):
         points = " ".join(f"{_number(x)},{_number(y)}" for x, y in item.points)
-        return f'<polygon points="{points}" {_fill(item.role)}{_opacity(item.opacity)}/>'
+        shape = f'<polygon points="{points}" {_fill(item.role)}{_opacity(item.opacity)}'
+        return f"{shape}><title>{escaped(item.detail)}</title></polygon>" if item.detail else f"{shape}/>"
     if isinstance(item, Marker):
         return marker(item)
     weight = ' font-weight="600"' if item.bold else ""

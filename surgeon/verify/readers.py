@@ -54,9 +54,9 @@ PACKAGES = {
 EXACT, ROUNDED = 1e-3, 0.1
 """Largest relative difference of outputs from those of the decoded numbers: in float32, where only the order of sums
 differs; and where 16 bits are in between: kernels of auto-round that decode nothing, or a dense copy in another type."""
-AS_RUN = 0.5
-"""The same of a model as its kernels run: eight-bit activations take small models up to a tenth away, routers that choose
-otherwise further."""
+AS_RUN = 0.8
+"""The same of a model as its kernels run, from the reference in float32: eight-bit activations take small random models a
+tenth away, routers that choose otherwise in 16 bits a quarter; outputs that have nothing in common are 1.4 apart."""
 
 _CODES = {"load": "E360", "generate": "E361", "tokenizer": "E362", "chat template": "E362", "against": "E363"}
 _BUFFERS = (".inv_freq", ".masked_bias", ".position_ids", ".attn.bias", ".attention.bias")

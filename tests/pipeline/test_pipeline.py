@@ -340,6 +340,7 @@ def test_an_interrupted_step_is_continued(scratch, calls):
     ]
 
 
+@pytest.mark.slow
 def test_a_step_that_was_changed_after_an_interruption_begins_anew(scratch, monkeypatch):
     path = recipe(scratch, EXPORT)
     stop = threading.Event()
@@ -364,6 +365,7 @@ def test_no_resume_begins_from_the_first_step(scratch, calls):
     assert calls == ["merge", "merge", "export"]
 
 
+@pytest.mark.slow
 def test_a_gguf_file_is_published_with_its_manifest(scratch):
     pytest.importorskip("gguf")
     path = recipe(scratch, "  - id: file\n    export: {to: gguf, check: false}\n")
@@ -376,6 +378,7 @@ def test_a_gguf_file_is_published_with_its_manifest(scratch):
     assert go(path, scratch / "small.gguf")["unchanged"]
 
 
+@pytest.mark.slow
 def test_the_same_recipe_without_a_model_keeps_only_results(scratch):
     texts(scratch)
     path = scratch / "eval.yaml"
@@ -405,6 +408,7 @@ def test_a_full_disk_keeps_the_finished_steps(scratch, monkeypatch):
     assert statuses(go(path, scratch / "out")) == {"merged": "unchanged", "wide": "done"}
 
 
+@pytest.mark.slow
 def test_what_is_not_measured_never_passes(scratch):
     """A gate over a metric that a step turns out not to have fails with a reason (fault J8)."""
     texts(scratch)
