@@ -9,9 +9,11 @@ Pages come from the Typer applications, the records of the methods, the JSON Sch
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 import sys
-from collections.abc import Iterator
+import typing
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,67 +65,59 @@ def commands() -> str:
         "(run it again to go on). [Errors](errors.md) lists the codes of messages.",
     ]
     for name in COMMANDS:
-        parts.extend(_command(name, click_command(name), 2))
+        found = functions(name)
+        if len(found) == 1:
+            parts.extend(_command(name, found[0][1], "##"))
+            continue
+        parts.append(f"## {name}")
+        for sub, function in found:
+            parts.extend(_command(f"{name} {sub}", function, "###"))
     return _page("Commands", *parts)
 
 
-def click_command(name: str) -> Any:
-    """Return one command, or group of commands, as click has it."""
-    import typer
-
+def functions(name: str) -> list[tuple[str, Callable[..., None]]]:
+    """Return (name, function) of a command, or of each command of a group."""
     from surgeon.cli.app import build
 
-    return typer.main.get_command(build(name))
+    return [(one.name or one.callback.__name__, one.callback) for one in build(name).registered_commands]
 
 
-def _command(name: str, command: Any, depth: int) -> Iterator[str]:
-    import click
-
-    yield f"{'#' * depth} {name}"
-    found = getattr(command, "commands", None)
-    if found is not None:
-        yield _prose(command.help)
-        for sub in found:
-            yield from _command(f"{name} {sub}", found[sub], depth + 1)
-        return
-    context = click.Context(command, info_name=f"surgeon {name}")
-    usage = " ".join(command.collect_usage_pieces(context))
-    yield f"    surgeon {name} {usage}"
-    yield _prose(command.help)
-    rows = [_argument(one) for one in command.params if one.param_type_name == "argument"]
-    rows += [
-        _option(one) for one in command.params if one.param_type_name == "option" and one.name != "help"
-    ]
+def _command(name: str, function: Callable[..., None], heading: str) -> Iterator[str]:
+    arguments, options = [], []
+    hints = typing.get_type_hints(function, include_extras=True)
+    for parameter in inspect.signature(function).parameters.values():
+        kind, info = typing.get_args(hints[parameter.name])[:2]
+        (options if info.param_decls else arguments).append((parameter, kind, info))
+    usage = " ".join(_metavar(*one) for one in arguments)
+    yield f"{heading} {name}"
+    yield f"    surgeon {name} {usage}{' ' if usage else ''}[OPTIONS]"
+    yield "\n\n".join(" ".join(part.split()) for part in inspect.getdoc(function).split("\n\n"))
+    rows = [[f"`{_metavar(*one)}`", "", one[2].help or ""] for one in arguments]
+    rows += [_option(*one) for one in options]
     if rows:
         yield _table(["argument, option", "default", "meaning"], rows)
 
 
-def _prose(text: str | None) -> str:
-    return "\n\n".join(" ".join(part.split()) for part in (text or "").split("\n\n"))
+def _metavar(parameter: inspect.Parameter, kind: Any, info: Any) -> str:
+    shown = info.metavar or parameter.name.upper()
+    required = parameter.default is inspect.Parameter.empty
+    return shown if required or shown.startswith("[") else f"[{shown}]"
 
 
-def _argument(one: Any) -> list[object]:
-    shown = one.metavar or one.name.upper()
-    return [f"`{shown}`", "" if one.required else "optional", one.help or ""]
-
-
-def _option(one: Any) -> list[object]:
-    names = ", ".join(f"`{name}`" for name in (*one.opts, *one.secondary_opts))
-    if not one.is_flag and not one.metavar:
-        names += f" {getattr(one.type, 'name', 'text').upper()}"
-    elif one.metavar:
-        names += f" {one.metavar}"
-    shown = one.default
-    default = (
-        "required"
-        if one.required
-        else "on"
-        if shown is True and one.secondary_opts
-        else ""
-        if shown is None or shown is False or shown == ""
-        else f"`{shown}`"
-    )
-    return [names, default, one.help or ""]
+def _option(parameter: inspect.Parameter, kind: Any, info: Any) -> list[object]:
+    plain = [one for one in (*typing.get_args(kind), kind) if one is not type(None)]
+    lists = [one for one in plain if typing.get_origin(one) is list]
+    value = info.metavar or {bool: "", int: "INTEGER", float: "NUMBER"}.get(plain[0], "TEXT")
+    names = ", ".join(f"`{name}`" for name in info.param_decls) + (f" {value}" if value else "")
+    given = parameter.default
+    if given is inspect.Parameter.empty:
+        default = "required"
+    elif given is True:
+        default = "on"
+    else:
+        default = "" if given in (None, False, "") else f"`{given}`"
+    again = " Repeatable." if lists and "epeat" not in (info.help or "") else ""
+    return [names, default, (info.help or "") + again]
 
 
 # ---- methods -----------------------------------------------------------------------------------------
@@ -312,20 +306,40 @@ _CLASSES = {
 
 
 def errors() -> str:
-    """Return the page of every error code, with the messages it comes with."""
-    found = _raised()
-    parts = [
-        "Every refusal has a stable code, one sentence, the place, and what to do. `...` stands for what was given.",
-    ]
+    """Return the page of every error code: those that are explained, then what the others say."""
+    explained, parts = set(), []
+    for path in sorted((ROOT / "surgeon" / "explanations").glob("*.md")):
+        text = path.read_text()
+        explained |= set(re.findall(r"^## (E\d{3,4})\b", text, re.MULTILINE))
+        parts.append(_explained(text))
+    rest = []
     for name, title in _CLASSES.items():
         rows = [
             [f"`{code}`", "; ".join(sorted(messages)[:3])]
-            for (owner, code), messages in sorted(found.items(), key=lambda item: item[0][1])
-            if owner == name
+            for (owner, code), messages in sorted(_raised().items(), key=lambda item: item[0][1])
+            if owner == name and code not in explained
         ]
         if rows:
-            parts += [f"## {title[0].upper()}{title[1:]}", _table(["code", "says"], rows)]
-    return _page("Errors", *parts)
+            rest += [f"### {title[0].upper()}{title[1:]}", _table(["code", "says"], rows)]
+    return _page(
+        "Errors",
+        "Every refusal has a stable code, one sentence, the place, and what to do.",
+        *parts,
+        *(["## Further codes", "`...` stands for what was given.", *rest] if rest else []),
+    )
+
+
+def _explained(text: str) -> str:
+    """Return a file of explanations as Markdown: headings one level down, paragraphs apart, examples as code."""
+    lines: list[str] = []
+    for line in text.strip().splitlines():
+        heading, code = line.startswith("#"), line.startswith("    ")
+        before = lines[-1] if lines else ""
+        if lines and before and not (code and before.startswith("    ")):
+            lines.append("")
+        label = re.match(r"(When|Fix): ", line)
+        lines.append(f"#{line}" if heading else f"**{label[1]}.** {line[label.end() :]}" if label else line)
+    return "\n".join(lines)
 
 
 def _raised() -> dict[tuple[str, str], set[str]]:
