@@ -87,7 +87,7 @@ def _command(name: str, function: Callable[..., None], heading: str) -> Iterator
     hints = typing.get_type_hints(function, include_extras=True)
     for parameter in inspect.signature(function).parameters.values():
         kind, info = typing.get_args(hints[parameter.name])[:2]
-        (options if info.param_decls else arguments).append((parameter, kind, info))
+        (arguments if type(info).__name__ == "ArgumentInfo" else options).append((parameter, kind, info))
     usage = " ".join(_metavar(*one) for one in arguments)
     yield f"{heading} {name}"
     yield f"    surgeon {name} {usage}{' ' if usage else ''}[OPTIONS]"
@@ -108,7 +108,11 @@ def _option(parameter: inspect.Parameter, kind: Any, info: Any) -> list[object]:
     plain = [one for one in (*typing.get_args(kind), kind) if one is not type(None)]
     lists = [one for one in plain if typing.get_origin(one) is list]
     value = info.metavar or {bool: "", int: "INTEGER", float: "NUMBER"}.get(plain[0], "TEXT")
-    names = ", ".join(f"`{name}`" for name in info.param_decls) + (f" {value}" if value else "")
+    # Inside Annotated the first name stands where the default would.
+    declared = (info.default, *(info.param_decls or ()))
+    names = ", ".join(f"`{name}`" for name in declared if isinstance(name, str)) + (
+        f" {value}" if value else ""
+    )
     given = parameter.default
     if given is inspect.Parameter.empty:
         default = "required"
@@ -332,7 +336,7 @@ def errors() -> str:
 def _explained(text: str) -> str:
     """Return a file of explanations as Markdown: headings one level down, paragraphs apart, examples as code."""
     lines: list[str] = []
-    for line in text.strip().splitlines():
+    for line in filter(None, text.splitlines()):
         heading, code = line.startswith("#"), line.startswith("    ")
         before = lines[-1] if lines else ""
         if lines and before and not (code and before.startswith("    ")):
@@ -393,7 +397,7 @@ def main() -> int:
             path.parent.mkdir(exist_ok=True)
             path.write_text(text)
     for name in stale:
-        print(f"{'stale' if '--check' in sys.argv else 'wrote'} docs/{name}")
+        sys.stdout.write(f"{'stale' if '--check' in sys.argv else 'wrote'}: docs/{name}\n")
     return 1 if stale and "--check" in sys.argv else 0
 
 

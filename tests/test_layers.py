@@ -30,6 +30,7 @@ LEVELS = [
     {"merge", "evaluate", "prune", "edit", "quantize"},
     {"recipe", "report"},
     {"api"},
+    {"pipeline"},
     {"cli", "__main__"},
 ]
 # checkpoint/adapter.py computes while reading, with the casts of kernels/. A package that shares its name with a

@@ -13,7 +13,8 @@ COMMANDS = {
     "edit": "Edit weights along a direction: ThinkEdit, projection, baked steering.",
     "quantize": "Quantize by scheme, or to a size, bits or divergence: GPTQ, AWQ; compressed-tensors, auto-round, bitsandbytes, GGUF.",
     "export": "Write another form of a model, GGUF included, or a member of a nested family.",
-    "run": "Run a recipe: mergekit YAML, with or without the key surgeon:.",
+    "run": "Run a recipe: steps with gates, or a mergekit YAML, with or without the key surgeon:.",
+    "recipe": "Check, show, list and copy recipes; print their JSON Schema.",
     "eval": "Measure accuracy, answer length, perplexity, KL; compare with a baseline, apply gates.",
     "measure": "Time a model: speed, speedup against another, latency tables, memory.",
     "report": "Turn results of eval into a page: HTML, Markdown, SVG or PNG.",
@@ -99,6 +100,8 @@ def build(name: str) -> Any:
     import typer
 
     module = importlib.import_module(f"surgeon.cli.{name}")
+    if hasattr(module, "app"):  # a group of commands
+        return module.app
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     app.command(name, context_settings={"help_option_names": ["-h", "--help"]})(getattr(module, name))
     return app

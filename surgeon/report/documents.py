@@ -1,4 +1,8 @@
-"""Reading and checking result documents: what ``surgeon eval --json`` wrote, one object each."""
+"""Reading and checking result documents: what a command wrote with ``--json``, one object each.
+
+Those of eval are checked value by value, because figures are computed from them. Those of runs and of commands that
+change models are checked in what they are made of; a part that is missing or has another form is not shown.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,9 @@ from surgeon.report.text import visible
 
 SCHEMAS = (1,)
 """Schemas of result documents that are understood."""
+
+COMMANDS = ("merge", "prune", "edit", "quantize", "export", "measure", "diff")
+"""Commands beside eval and run whose documents have something to show."""
 
 FRACTIONS = frozenset({"accuracy", "cap_rate", "reflection_rate", "top1_agreement"})
 MANIFEST = "surgeon.json"
@@ -74,8 +81,11 @@ def validate(document: object, label: str = "result") -> dict[str, Any]:
         raise InputError("E234", f"{visible(label)}: schema is {_shown(document['schema'])}; this version reads {known}",
                          where=Where(visible(label)), help="write the report with the version that wrote the result, or newer")  # fmt: skip
     command = document.get("command")
+    if command == "run" or command in COMMANDS:
+        _Checker(label).steps(document)
+        return document
     if command != "eval":
-        raise InputError("E234", f"{visible(label)}: command is {_shown(command)}; reports are made from results of eval",
+        raise InputError("E234", f"{visible(label)}: command is {_shown(command)}; reports are made from results of eval, run, {', '.join(COMMANDS)}",
                          where=Where(visible(label)), help="surgeon eval MODEL ... --json > result.json")  # fmt: skip
     if document.get("status") not in {"ok", "gate-failed"}:
         error = document.get("error")
@@ -116,6 +126,38 @@ class _Checker:
             sentences = document.get(key) or []
             if not isinstance(sentences, list) or not all(isinstance(w, str) for w in sentences):
                 raise self.wrong(key, sentences, "a list of sentences")
+
+    def steps(self, document: Mapping[str, Any]) -> None:
+        """Check a document of a run, or of one command that makes or measures a model."""
+        if not isinstance(document.get("status"), str):
+            raise self.wrong("status", document.get("status"), "text")
+        for key in ("output", "error"):
+            self.mapping(document, key)
+        if document["command"] != "run":
+            return
+        self.mapping(document, "recipe", required=True)
+        points = self.entries(document, "points", "")
+        for place, point in [("", document), *((f"points[{i}].", point) for i, point in enumerate(points))]:
+            for position, step in enumerate(self.entries(point, "steps", place)):
+                inside = f"{place}steps[{position}]."
+                for key in ("id", "verb", "status"):
+                    if not isinstance(step.get(key), str):
+                        raise self.wrong(inside + key, step.get(key), "text")
+                found = self.mapping(step, "document", inside)
+                if step["verb"] == "eval" and found.get("status") in {"ok", "gate-failed"}:
+                    _Checker(f"{self.label}, {inside}document").document(found)
+            for position, gate in enumerate(self.entries(point, "gates", place)):
+                inside = f"{place}gates[{position}]."
+                if not isinstance(gate.get("gate"), str):
+                    raise self.wrong(inside + "gate", gate.get("gate"), "text")
+                if not isinstance(gate.get("passed"), bool):
+                    raise self.wrong(inside + "passed", gate.get("passed"), "true or false")
+
+    def entries(self, parent: Mapping[str, Any], key: str, place: str) -> list[dict[str, Any]]:
+        value = parent.get(key) or []
+        if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
+            raise self.wrong(place + key, value, "a list of objects")
+        return value
 
     def groups(self, parent: Mapping[str, Any], prefix: str = "") -> None:
         for grouping, groups in self.mapping(parent, "groups", prefix).items():
@@ -250,19 +292,19 @@ def _attach(results: Sequence[dict[str, Any]], path: Path, manifest: dict[str, A
     if path.name.endswith(f".{MANIFEST}"):  # beside a bare file: NAME.safetensors.surgeon.json
         name = path.name.removesuffix(f".{MANIFEST}")
         folder = folder / name
-    models = [r["model"] for r in results]
+    models = [r["model"] for r in results if r["command"] == "eval"]
     fitting = [m for m in models if isinstance(m.get("path"), str) and Path(m["path"]).resolve() == folder]
     fitting = fitting or [m for m in models if m["name"] in {name, name.removesuffix(".safetensors")}]
     if not fitting:
         raise UsageError("E235", f"{visible(path)} belongs to no model of the results",
-                         help=f"evaluated: {visible(', '.join(m['name'] for m in models[:8]))}")  # fmt: skip
+                         help=f"evaluated: {visible(', '.join(m['name'] for m in models[:8])) or 'none'}")  # fmt: skip
     for model in fitting:
         model["manifest"] = manifest
 
 
 def _not_a_result(label: str, reason: str) -> InputError:
     return InputError("E234", f"{visible(label)} is not a result document: {reason}", where=Where(visible(label)),
-                      help='give the output of "surgeon eval MODEL --json"')  # fmt: skip
+                      help='give the output of "surgeon eval MODEL --json", or of "surgeon run RECIPE --json"')  # fmt: skip
 
 
 def _kind(value: object) -> str:

@@ -16,11 +16,20 @@ from surgeon.report.text import escaped
 
 def render(found: Summary, *, log_tokens: bool = False, iso_lines: bool = False) -> str:
     """Return the page."""
-    sections = [
-        _head(found), _cautions(found.cautions), _front(found), _plot(found, log_tokens, iso_lines), _models(found),
+    return page(found.title, [_head(found), *evaluation(found, log_tokens=log_tokens, iso_lines=iso_lines)])
+
+
+def evaluation(found: Summary, *, log_tokens: bool = False, iso_lines: bool = False) -> list[str]:
+    """Return the sections about results of eval."""
+    return [
+        _cautions(found.cautions), _front(found), _plot(found, log_tokens, iso_lines), _models(found),
         *(_groups(found, *grouping) for grouping in found.groupings), _gates(found.gates), _warnings(found),
         _provenance(found), _setup(found), _meanings(found),
     ]  # fmt: skip
+
+
+def page(title: str, sections: Iterable[str]) -> str:
+    """Return a page of its own around sections, empty ones left out."""
     body = "\n".join(s for s in sections if s)
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -30,7 +39,7 @@ def render(found: Summary, *, log_tokens: bool = False, iso_lines: bool = False)
 <meta name="color-scheme" content="light dark">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
 <meta name="generator" content="surgeon {__version__}">
-<title>{escaped(found.title)}</title>
+<title>{escaped(title)}</title>
 <style>{_colours()}{svg.style_sheet()}{STYLE}</style>
 </head>
 <body>

@@ -13,7 +13,19 @@ from surgeon.report.text import in_markdown
 
 def render(found: Summary) -> str:
     """Return the report."""
-    parts = [f"## {in_markdown(found.title)}"]
+    parts = [f"## {in_markdown(found.title)}", *evaluation(found), FOOTER]
+    return "\n\n".join(parts) + "\n"
+
+
+FOOTER = (
+    f"<sub>surgeon {__version__}. Intervals are 95 %. A difference whose paired interval includes no "
+    "change is called not distinguishable.</sub>"
+)
+
+
+def evaluation(found: Summary) -> list[str]:
+    """Return the parts about results of eval."""
+    parts: list[str] = []
     for sentence in found.lead:
         parts.append(
             "".join(f"**{in_markdown(s)}**" if i % 2 else in_markdown(s) for i, s in enumerate(sentence))
@@ -38,7 +50,7 @@ def render(found: Summary) -> str:
         ]
         parts += [
             "### Gates",
-            _table(["Holds", "Model", "Gate", "Value", "Threshold"], rows, "lllrr", raw={0}),
+            table(["Holds", "Model", "Gate", "Value", "Threshold"], rows, "lllrr", raw={0}),
         ]
     for title, sentences in (("Warnings", found.warnings), ("Notes", found.notes)):
         if sentences:
@@ -48,10 +60,7 @@ def render(found: Summary) -> str:
             ]
     if found.provenance:
         parts += ["### How they were made", _provenance(found)]
-    parts += ["### Measured on", _setup(found)]
-    parts.append(f"<sub>surgeon {__version__}. Intervals are 95 %. A difference whose paired interval includes no "
-                 "change is called not distinguishable.</sub>")  # fmt: skip
-    return "\n\n".join(parts) + "\n"
+    return [*parts, "### Measured on", _setup(found)]
 
 
 def _front(found: Summary) -> str:
@@ -60,7 +69,7 @@ def _front(found: Summary) -> str:
         rows.append(
             [row.name, _measure(found, row, "tokens_mean"), _measure(found, row, "accuracy"), *_against(row)]
         )
-    return _table(
+    return table(
         ["Model", "Mean tokens", "Accuracy", "Tokens against baseline", "Accuracy against baseline"],
         rows,
         "lrrll",
@@ -78,7 +87,7 @@ def _models(found: Summary) -> str:
         rows.append(
             [name, *(_measure(found, row, k) for k in found.columns), *(_against(row) if compared else [])]
         )
-    return _table(heads, rows, "l" + "r" * len(found.columns) + "ll")
+    return table(heads, rows, "l" + "r" * len(found.columns) + "ll")
 
 
 def _against(row: Row) -> list[str]:
@@ -97,7 +106,7 @@ def _groups(found: Summary, names: Sequence[str], each: Sequence[dict[str, dict[
                 rows.append(
                     [name, row.name, *(_one(found, groups[name], k) for k in ("accuracy", "tokens_mean"))]
                 )
-    return _table(["Group", "Model", "Accuracy", "Mean tokens"], rows, "llrr")
+    return table(["Group", "Model", "Accuracy", "Mean tokens"], rows, "llrr")
 
 
 def _provenance(found: Summary) -> str:
@@ -114,7 +123,7 @@ def _provenance(found: Summary) -> str:
                 made.plan[:12],
             ]
         )
-    return _table(["Model", "Method", "Inputs", "Parameters", "Calibration", "Plan"], rows, "llllll")
+    return table(["Model", "Method", "Inputs", "Parameters", "Calibration", "Plan"], rows, "llllll")
 
 
 def _setup(found: Summary) -> str:
@@ -123,7 +132,7 @@ def _setup(found: Summary) -> str:
         part, _, name = key.partition(": ")
         given = [r.name for r in found.rows if r.document]
         rows.append([part, name, "; ".join(f"{m}: {v}" for m, v in zip(given, values, strict=True))])
-    return _table(["", "Key", "Value"], rows, "lll") if rows else "not recorded"
+    return table(["", "Key", "Value"], rows, "lll") if rows else "not recorded"
 
 
 def _pairs(pairs: Iterable[tuple[str, str]]) -> str:
@@ -149,7 +158,7 @@ def _plain(value: float | None) -> str:
     return DASH if value is None else figures.minus(f"{value:,.6g}")
 
 
-def _table(
+def table(
     heads: Sequence[str], rows: Sequence[Sequence[str]], alignment: str, raw: set[int] | None = None
 ) -> str:
     """Return a table; cells are escaped, but those of the columns in ``raw``."""

@@ -49,7 +49,7 @@ def candidates(runs: Sequence[Run], evaluations: Sequence[Mapping[str, Any]] = (
         if named:
             found[named[0]] = replace(found[named[0]], baseline=True)
         elif baseline:
-            found.append(Candidate(str(baseline.get("name")), "baseline", _quality(baseline), *_tokens(baseline), 1.0,
+            found.append(Candidate(str(baseline.get("name")), "baseline", _quality(baseline), *_tokens(baseline), None,
                                    number(baseline.get("bytes")), number(baseline.get("parameters")), True))  # fmt: skip
     return list(_apart(found))
 
@@ -133,7 +133,7 @@ def heading(key: str) -> str:
 
 
 def scenes(found: Sequence[Candidate], style: Style = scatter.WIDE) -> list[Scene]:
-    """Return quality against tokens, speedup and size, as far as at least two models have both and differ."""
+    """Return quality against speedup and against size, as far as at least two models have both and differ."""
     key = measure_of(found)
     if key is None:
         return []
@@ -142,7 +142,6 @@ def scenes(found: Sequence[Candidate], style: Style = scatter.WIDE) -> list[Scen
     word = heading(key)
     drawn = []
     for right, what, more, order, sign, values in (
-        ("Mean tokens per answer", "mean tokens per answer", False, "shortest answers first", "", [c.tokens for c in found]),
         ("Speedup", "speedup", True, "fastest first", "×", [c.speedup for c in found]),
         (f"Size in {unit}", "size", False, "smallest first", "", [None if c.bytes is None else c.bytes / scale for c in found]),
     ):  # fmt: skip
@@ -151,7 +150,7 @@ def scenes(found: Sequence[Candidate], style: Style = scatter.WIDE) -> list[Scen
         if len({v for _, v in placed}) < 2:
             continue
         series = tuple(dict.fromkeys(c.series for c, _ in placed))
-        dots = [_dot(c, v, key, sign or (f" {unit}" if what == "size" else " tokens"), series.index(c.series)) for c, v in placed]
+        dots = [_dot(c, v, key, sign or f" {unit}", series.index(c.series)) for c, v in placed]
         drawn.append(scatter.layout(dots, series, style=style, plane=plane, title=f"{word} against {what}"))
     return drawn
 

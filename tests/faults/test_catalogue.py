@@ -16,13 +16,13 @@ REQUIRED = [
     *(f"A{n}" for n in range(1, 15)),  # interrupted or failing writes
     *(f"B{n}" for n in range(1, 11)),  # malformed weight files
     *(f"C{n}" for n in range(1, 10)),  # index and folder
-    *(f"D{n}" for n in range(1, 10)),  # values and types
+    *(f"D{n}" for n in range(1, 11)),  # values and types
     "E1", "E2", "E3", "E4", "E5", "E6", "E7", "E8", "E9", "E10", "E11",  # architecture and configuration
-    "F1", "F2", "F3", "F4", "F5", "F6", "F7", "F8", "F9", "F11",  # recipes and command line
-    "G1", "G2", "G3", "G5", "G7", "G8",  # code execution and trust
+    "F1", "F2", "F3", "F4", "F5", "F6", "F7", "F8", "F9", "F10", "F11",  # recipes and command line
+    "G1", "G2", "G3", "G4", "G5", "G7", "G8",  # code execution and trust
     "H1", "H2", "H4", "H5", "H6", "H8",  # resources and environment
     "I1", "I2", "I3", "I4",  # concurrency
-    "J2", "J3", "J4", "J5", "J6", "J7", "J8", "J9", "J10",  # calibration, pruning, evaluation, gates
+    "J1", "J2", "J3", "J4", "J5", "J6", "J7", "J8", "J9", "J10",  # calibration, pruning, evaluation, gates
 ]  # fmt: skip
 
 
