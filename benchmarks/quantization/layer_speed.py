@@ -41,7 +41,7 @@ LAYERS = {
     "hidden 1024, kv 256, ffn 2816": (1024, 256, 2816),
     "hidden 2048, kv 256, ffn 5632": (2048, 256, 5632),
 }
-SETTINGS = ((4, False), (3, True), (8, False))
+SETTINGS = ((4, False), (3, False), (3, True), (8, False))
 GROUP, DAMP, TOKENS, HELD = 128, 0.01, 8192, 2048
 SMALL_LAYERS = {"hidden 256, kv 128, ffn 512": (256, 128, 512)}
 PROGRAMS = ("surgeon", "surgeon-f16", "llmcompressor", "gptqmodel")

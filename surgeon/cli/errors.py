@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -58,7 +59,25 @@ def run_command(out: Output, command: str, work: Callable[[], dict[str, Any] | N
     return code
 
 
+_OF_PACKAGES = ("E324", "E360", "E364", "E380", "E392", "E512")
+"""Codes that a package which is missing or older than needed can be the reason of."""
+
+
+def package_faults(error: SurgeonError) -> list[str]:
+    """Say which packages are too old, and of those that the message names, which are missing (fault H7)."""
+    from surgeon.cli.doctor import packages
+
+    named = set(re.findall(r"[\w-]+", error.message))
+    return [
+        f"{row['name']} {row['found'] or 'is missing'}: {row['needed']} or newer is needed"
+        for row in packages()
+        if not row["ok"] and (row["found"] or row["name"] in named)
+    ]
+
+
 def _failed(out: Output, command: str, error: SurgeonError, status: str) -> int:
+    if error.code in _OF_PACKAGES:
+        error.help = "; ".join([*([error.help] if error.help else []), *package_faults(error)]) or None
     if out.json_mode:
         out.document(
             {
@@ -79,13 +98,20 @@ def _bug(out: Output, command: str, bug: Exception) -> int:
         stream.write(f"surgeon {command}\n{sys.version}\n\n")
         traceback.print_exception(bug, file=stream)
     message = f"a bug in surgeon: {type(bug).__name__}: {bug}"
+    help = f"the traceback is in {path}; please report it with the command you ran"
+    faults = (
+        package_faults(SurgeonError("E001", message))
+        if isinstance(bug, (ImportError, AttributeError, TypeError))
+        else []
+    )
+    help = "; ".join([*faults, help])
     if out.json_mode:
         out.document(
             {"schema": 1, "command": command, "status": "failed", "exit_code": 1,
-             "error": {"code": "E001", "message": message, "where": {"file": path}, "help": None, "exit_code": 1, "others": []}}
+             "error": {"code": "E001", "message": message, "where": {"file": path}, "help": help, "exit_code": 1, "others": []}}
         )  # fmt: skip
     out.log(f"error[E001]: {message}")
-    out.log(f"  help: the traceback is in {path}; please report it with the command you ran")
+    out.log(f"  help: {help}")
     return 1
 
 

@@ -20,7 +20,7 @@ def report(
         list[str],
         typer.Argument(
             metavar="RESULT.json...",
-            help='Output of "surgeon eval --json"; model folders or their surgeon.json add how a model was made.',
+            help="Output of eval, run, prune, quantize, merge, measure or diff with --json; model folders add how a model was made.",
         ),
     ],
     form: Annotated[
@@ -44,7 +44,7 @@ def report(
     quiet: o.Quiet = False,
     verbose: o.Verbose = False,
 ) -> None:
-    """Make one report over evaluation results: accuracy against answer length, Pareto front, gates.
+    """Make one report over results: of runs steps, sizes, layers and gates; of eval accuracy against answer length.
 
     A page without scripts that needs no network (html), tables for pull requests and job summaries
     (markdown), or the plot alone (svg, png).
@@ -53,22 +53,27 @@ def report(
 
     def work() -> dict[str, Any]:
         from surgeon import report as reports
+        from surgeon.report.runs import evaluations, gates
         from surgeon.report.summary import summarise
         from surgeon.report.writing import publish
 
         chosen = _format(form, output)
         documents = reports.load(results)
         content = reports.render(documents, chosen, title=title, log_tokens=log_tokens, iso_lines=iso_lines)
-        found = summarise(documents, title)
-        for caution in found.cautions:
+        evaluated = evaluations(documents)
+        found = summarise(evaluated, title) if evaluated else None
+        front = [row.name for row in found.front] if found else []
+        cautions = list(found.cautions) if found else []
+        for caution in cautions:
             out.note(caution)
+        passed = gates(documents)
         document: dict[str, Any] = {
             "format": chosen,
             "results": len(documents),
-            "front": [row.name for row in found.front],
-            "gates": {"passed": sum(g.passed for g in found.gates), "failed": sum(not g.passed for g in found.gates)},
-            "notes": list(found.cautions),
-        }  # fmt: skip
+            "front": front,
+            "gates": {"passed": passed.count(True), "failed": passed.count(False)},
+            "notes": cautions,
+        }
         path = _destination(output, chosen, results)
         if path is None:
             text = content.decode()
@@ -76,8 +81,8 @@ def report(
             return {**document, "output": None, "text": text}
         publish(path, content)
         out.line(f"wrote     {path}   {size(len(content))}")
-        if found.front:
-            out.line(f"front     {', '.join(document['front'])}   (shortest answers first)")
+        if front:
+            out.line(f"front     {', '.join(front)}   (shortest answers first)")
         return {**document, "output": {"path": str(path), "bytes": len(content)}}
 
     raise typer.Exit(run_command(out, "report", work))

@@ -83,23 +83,44 @@ def generate(
 
     Raises:
         InputError: E392 the model has no key-value cache, E394 it gave a NaN or infinite logit.
-        EnvironmentFault: E504 the device's memory is used up.
+        EnvironmentFault: E504 the device's memory is used up, also with half as many rows.
         Interrupted: ``stop`` was set; what was received so far is complete.
     """
+    made: set[tuple[int, int]] = set()
+
+    def keep(reply: Reply) -> None:
+        made.add((reply.index, reply.sample))
+        receive(reply)
+
+    try:
+        _generate(model, jobs, decoding, rows, keep, stop)
+    except torch.OutOfMemoryError:
+        half = rows // 2
+        try:
+            if not half:
+                raise
+            # What is lost are tokens of unfinished replies; each draws the same random numbers in any batch.
+            rest = [job for job in jobs if (job.index, job.sample) not in made]
+            _generate(model, rest, decoding, half, keep, stop)
+        except torch.OutOfMemoryError:
+            raise EnvironmentFault("E504", f"the memory of {model.device} is used up with {half or 1} replies at once",
+                                   help="give a smaller --batch-size; finished replies are kept") from None  # fmt: skip
+
+
+def _generate(
+    model: Any, jobs: Sequence[Job], decoding: Decoding, rows: int, receive: Callable[[Reply], None],
+    stop: threading.Event | None,
+) -> None:  # fmt: skip
     waiting = sorted(jobs, key=lambda j: (-len(j.prompt), j.index, j.sample))
     waiting.reverse()  # popped from the end
     longest = max((len(j.prompt) + decoding.limit(len(j.prompt)) for j in jobs), default=0)
     batch = _Batch(model, decoding, rows, packable(model.config, longest), receive)
-    try:
-        while waiting or batch.active:
-            if stop is not None and stop.is_set():
-                raise Interrupted("E130", "interrupted while replies were generated")
-            if waiting and batch.wants():
-                batch.admit(waiting)
-            batch.advance()
-    except torch.OutOfMemoryError:
-        raise EnvironmentFault("E504", f"the memory of {model.device} is used up with {rows} replies at once",
-                               help="give a smaller --batch-size; finished replies are kept") from None  # fmt: skip
+    while waiting or batch.active:
+        if stop is not None and stop.is_set():
+            raise Interrupted("E130", "interrupted while replies were generated")
+        if waiting and batch.wants():
+            batch.admit(waiting)
+        batch.advance()
 
 
 class _Batch:

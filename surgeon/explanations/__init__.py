@@ -9,7 +9,7 @@ an entry per code:
     Fix: what to do.
         surgeon merge ./long ./short --method ties --vocab base -o merged
 
-The first digit of a code says the exit code; ``## E231 [exit 2, 3] ...`` says it where a code is older than that rule.
+The first digit of a code says the exit code; ``## E231 [exit 2, 3] ...`` says it where a code does not follow that rule.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ GROUPS = (
 
 _HEADING = re.compile(r"## (E\d{3,4}) (?:\[exit ([\d, ]+)\] )?(.+)")
 _NO_GROUP = {"E001": (1,), "E130": (130, 143)}
+_EXIT = {"2": 2, "3": 3, "4": 3, "5": 5, "6": 6}
+"""First digit -> exit code. Most of E4xx are inputs that a method finds out about while it works; gates say exit 4."""
+
 _NEAREST = 3
 
 
@@ -65,7 +68,9 @@ class Group:
 @functools.cache
 def groups() -> tuple[Group, ...]:
     """Read all pages."""
-    return tuple(read_group(name, (Path(__file__).parent / f"{name}.md").read_text("utf-8")) for name in GROUPS)
+    return tuple(
+        read_group(name, (Path(__file__).parent / f"{name}.md").read_text("utf-8")) for name in GROUPS
+    )
 
 
 def page(code: str) -> Page:
@@ -80,7 +85,9 @@ def page(code: str) -> Page:
     if found is None:
         shown = "".join(c if c.isprintable() else "?" for c in code)[:40]
         near = ", ".join(f"{one} ({pages[one].title})" for one in nearest(wanted, list(pages)))
-        raise UsageError("E200", f'unknown error code "{shown}"', help=f'nearest: {near}; "surgeon explain" lists all')
+        raise UsageError(
+            "E200", f'unknown error code "{shown}"', help=f'nearest: {near}; "surgeon explain" lists all'
+        )
     return found
 
 
@@ -103,7 +110,9 @@ def read_group(name: str, text: str) -> Group:
     title, _, summary = head.strip().partition("\n")
     if not title.startswith("# ") or not summary.strip():
         raise ValueError(f"{name}.md begins with a title and a sentence")
-    pages = sorted((_page(name, entry) for entry in entries), key=lambda one: (one.code[1], int(one.code[1:])))
+    pages = sorted(
+        (_page(name, entry) for entry in entries), key=lambda one: (one.code[1], int(one.code[1:]))
+    )
     return Group(name, title[2:], " ".join(summary.split()), tuple(pages))
 
 
@@ -125,6 +134,10 @@ def _page(group: str, entry: str) -> Page:
     lacking = [part for part, found in parts.items() if not found]
     if lacking:
         raise ValueError(f"{group}.md: {code} has no {' and no '.join(lacking)}")
-    numbers = tuple(int(one) for one in exits.split(",")) if exits else _NO_GROUP.get(code, (int(code[1]),))
+    numbers = (
+        tuple(int(one) for one in exits.split(",")) if exits else _NO_GROUP.get(code) or (_EXIT[code[1]],)
+    )
     text = {part: " ".join(found) for part, found in parts.items()}
-    return Page(code, title, group, numbers, text["meaning"], text["when"], text["fix"], tuple(parts["example"]))
+    return Page(
+        code, title, group, numbers, text["meaning"], text["when"], text["fix"], tuple(parts["example"])
+    )

@@ -20,6 +20,7 @@ from surgeon.checkpoint.checkpoint import Checkpoint, StoredCheckpoint, open_pat
 from surgeon.checkpoint.dtypes import CONFIG_NAMES, DTYPES
 from surgeon.checkpoint.header import TensorInfo
 from surgeon.formats.scheme import Scheme
+from surgeon.kernels.cast import narrow, widen
 from surgeon.quantize.forms import Form
 from surgeon.traits import text_section
 
@@ -58,8 +59,11 @@ class QuantizedView:
         for name, info in source.tensors.items():
             scheme = schemes.get(name)
             if scheme is None:
-                self._plain[form.renamed(name)] = name
-                self.tensors[form.renamed(name)] = replace(info, name=form.renamed(name))
+                place = form.renamed(name)
+                self._plain[place] = name
+                code = self._written(name)
+                size = info.elements * DTYPES[code].bits // 8
+                self.tensors[place] = replace(info, name=place, dtype=code, nbytes=size)
                 continue
             parts = form.layout(name, tuple(info.shape), scheme)
             self.stored[name] = tuple(place for place, _, _ in parts)
@@ -86,19 +90,23 @@ class QuantizedView:
             plain, name=name, dtype=code, shape=tuple(shape), nbytes=count * DTYPES[code].bits // 8
         )
 
-    def stored_dtype(self, name: str) -> str:
-        """Return the storage type a tensor is written in."""
-        plain = self._plain.get(name)
-        if plain is None:
-            return self.tensors[name].dtype
+    def _written(self, plain: str) -> str:
+        """Return the storage type a plain tensor of the source is written in."""
         inner = getattr(self.source, "stored_dtype", None)
         own = inner(plain) if inner is not None else self.source.tensors[plain].dtype
         return self._dtype if self._dtype and DTYPES[own].family == "float" else own
 
+    def stored_dtype(self, name: str) -> str:
+        """Return the storage type a tensor is written in."""
+        return self.tensors[name].dtype
+
     def computed(self, name: str) -> bool:
         """Say whether values are computed, so that a byte copy is impossible."""
         inner, plain = getattr(self.source, "computed", None), self._plain.get(name)
-        return plain is not None and inner is not None and inner(plain)
+        if plain is None:
+            return False
+        rounded = self.tensors[name].dtype != self.source.tensors[plain].dtype
+        return rounded or (inner is not None and inner(plain))
 
     def granularity(self, name: str) -> int:
         plain = self._plain.get(name)
@@ -116,11 +124,11 @@ class QuantizedView:
 
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
         plain = self._plain.get(name)
-        return (
-            self._files[name].read(name, start, stop)
-            if plain is None
-            else self.source.read(plain, start, stop)
-        )
+        if plain is None:
+            return self._files[name].read(name, start, stop)
+        raw, own, code = self.source.read(plain, start, stop), self.source.tensors[plain].dtype, self.tensors[name].dtype
+        # As it will be written, so that whoever reads the view sees the numbers of the file.
+        return raw if own == code else narrow(widen(raw, own), code)
 
     def read_bytes(self, name: str, start: int, stop: int) -> np.ndarray:
         plain = self._plain.get(name)

@@ -1,7 +1,9 @@
-"""Reports over evaluation results: one page, a Markdown table, or the Pareto plot alone.
+"""Reports over results of eval, of runs and of single commands: one page, Markdown tables, or the plots alone.
 
     results = surgeon.report.load(["long.json", "merged.json"])
     surgeon.report.write(results, "report.html")
+
+`surgeon.report.run_page.render` returns the page about one run as text.
 
 Standard library only, PNG excepted (matplotlib, imported when asked for). Equal results give equal bytes.
 """

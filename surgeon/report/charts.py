@@ -13,6 +13,8 @@ from surgeon.report.scatter import Area, Line, Marker, Scene, Style, Text
 
 WIDE = Style(1000, 176, 13, 24, 4, 30, True, 52, 0)
 NARROW = Style(400, 168, 12.5, 8, 4, 18, False, 44, 0)
+WIDEST = 64.0
+"""Pixels of a layer at most."""
 FULL = 0.62
 """Opacity of the most sensitive cell; ink on top of it stays readable, on paper and on black."""
 
@@ -78,13 +80,15 @@ def bars(chart: Bars, style: Style = WIDE) -> Scene:
     high = max([*known, chart.whole or 0.0]) or 1.0
     left, right, top, bottom = style.left, style.width - 8, 34.0, style.height - 40
     y = Axis(0.0, high * 1.04, bottom, top)
+    slot = min(WIDEST, (right - left) / len(chart.bars))
+    # Few layers make a narrow chart, not fat bars; the words on its right still need room.
+    right = max(left + slot * len(chart.bars), left + 160)
     size = style.font - 1
     items: list[Line | Area | Marker | Text] = [Text(4, style.font, chart.title, size, "ink", bold=True)]
     for tick in linear_ticks(0.0, y.high, style.ticks_y):
         place = y.place(tick)
         items.append(Line(((left, place), (right, place)), "grid"))
         items.append(Text(left - 8, place + size * 0.36, _short(tick), size, "muted", "end"))
-    slot = (right - left) / len(chart.bars)
     gap = min(6.0, slot * 0.2)
     for number, bar in enumerate(chart.bars):
         start, end = left + number * slot + gap / 2, left + (number + 1) * slot - gap / 2
@@ -93,7 +97,9 @@ def bars(chart: Bars, style: Style = WIDE) -> Scene:
             continue
         # A bar of nothing still shows that it was measured.
         edge = min(y.place(bar.value), bottom - 0.75)
-        items.append(Area(((start, bottom), (start, edge), (end, edge), (end, bottom)), "s1", 1.0, bar.detail))
+        items.append(
+            Area(((start, bottom), (start, edge), (end, edge), (end, bottom)), "s1", 1.0, bar.detail)
+        )
     items.append(Line(((left, bottom), (right, bottom)), "axis"))
     if chart.whole is not None:
         place = y.place(chart.whole)
@@ -147,7 +153,7 @@ def heat(chart: Heat, style: Style = WIDE) -> Scene:
     names = [shortened(kind, style.name_length) for kind in kinds]
     left = max(text_width(name, size) for name in names) + 10
     right, top, row = style.width - 8, 34.0, 24.0
-    slot = min(64.0, (right - left) / len(layers))
+    slot = min(WIDEST, (right - left) / len(layers))
     bottom = top + row * len(kinds)
     items: list[Line | Area | Marker | Text] = [Text(4, style.font, chart.title, size, "ink", bold=True)]
     for number, name in enumerate(names):
@@ -189,10 +195,17 @@ def stacked(scenes: Sequence[Scene], title: str) -> Scene:
         items += [_lowered(item, top) for item in scene.items]
         top += scene.height + 24
     width = max(scene.width for scene in scenes)
-    return Scene(width, top - 24, tuple(items), title, " ".join(f"{s.title}: {s.description}" for s in scenes))
+    return Scene(
+        width, top - 24, tuple(items), title, " ".join(f"{s.title}: {s.description}" for s in scenes)
+    )
 
 
 def _lowered(item: Line | Area | Marker | Text, by: float) -> Line | Area | Marker | Text:
     if isinstance(item, Line | Area):
         return replace(item, points=tuple((x, y + by) for x, y in item.points))
     return replace(item, y=item.y + by)
+
+
+def heading(text: str) -> Scene:
+    """Return a title as a scene: what the charts below it belong to."""
+    return Scene(WIDE.width, 18, (Text(4, 16, text, 16, "ink", bold=True),), text, "")

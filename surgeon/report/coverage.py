@@ -57,7 +57,9 @@ def _lost(record: Mapping[str, Any]) -> Iterable[str]:
     if number(record.get("truncated")):
         yield f"{_count(record, 'truncated')} cut at the end"
     if number(record.get("dropped")):
-        why = ", ".join(f"{reason} {count}" for reason, count in mapping(record.get("dropped_because")).items())
+        why = ", ".join(
+            f"{reason} {count}" for reason, count in mapping(record.get("dropped_because")).items()
+        )
         yield f"{_count(record, 'dropped')} dropped" + (f" ({why})" if why else "")
 
 
@@ -73,4 +75,4 @@ def idle(name: str, found: tuple[Idle, ...] | None) -> list[str]:
         for one in found[:12]
     )
     more = f"; and in {len(found) - 12} more layers" if len(found) > 12 else ""
-    return [f"{name}: {count:,} experts were given no token ({shown}{more})"]
+    return [f"{name}: {count:,} expert{' was' if count == 1 else 's were'} given no token ({shown}{more})"]

@@ -154,7 +154,9 @@ class _Checker:
                     raise self.wrong(inside + "passed", gate.get("passed"), "true or false")
 
     def entries(self, parent: Mapping[str, Any], key: str, place: str) -> list[dict[str, Any]]:
-        value = parent.get(key) or []
+        value = parent.get(key)
+        if value is None:
+            return []
         if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
             raise self.wrong(place + key, value, "a list of objects")
         return value

@@ -79,7 +79,7 @@ def _head(found: Summary) -> str:
         kind, text = (
             ("bad", f"{failed} of {len(found.gates)} gates failed")
             if failed
-            else ("good", _all(len(found.gates)))
+            else ("good", all_hold(len(found.gates)))
         )
         gates = f'<p class="verdict {kind}"><a href="#gates">{"✕" if failed else "✓"} {text}</a></p>'
     return f'<header><h1>{escaped(found.title)}</h1><p class="facts">{" · ".join(map(escaped, facts))}</p>{lead}{gates}</header>'
@@ -89,7 +89,8 @@ def _emphasised(sentence: Sequence[str]) -> str:
     return "".join(f"<b>{escaped(s)}</b>" if i % 2 else escaped(s) for i, s in enumerate(sentence))
 
 
-def _all(count: int) -> str:
+def all_hold(count: int) -> str:
+    """Say that so many gates hold."""
     return "the gate holds" if count == 1 else f"all {count} gates hold"
 
 
@@ -137,7 +138,7 @@ def _plot(found: Summary, log_tokens: bool, iso_lines: bool) -> str:
 
 
 def _models(found: Summary) -> str:
-    compared = any(r.against for r in found.rows)
+    compared = any(r.compared for r in found.rows)
     heads = "".join(f'<th scope="col">{escaped(figures.metric(k).heading)}</th>' for k in found.columns)
     if compared:
         heads += '<th scope="col">Tokens against baseline</th><th scope="col">Accuracy against baseline</th>'

@@ -50,7 +50,9 @@ def of_plan(plan: Mapping[str, Any]) -> ByLayer:
     kept = [name for name, word in mapping(plan.get("matrices")).items() if word == KEPT]
     notes = []
     if kept and records:
-        notes.append(f"{len(kept)} matrices stay as they were and are in no bar, {kept[0]} first")
+        notes.append(
+            f"{'1 matrix stays as it was and is' if len(kept) == 1 else f'{len(kept)} matrices stay as they were and are'} in no bar, {kept[0]} first"
+        )
     return ByLayer(
         (*_bits(records), *_errors(records, "weight_error", "error", "Relative error of the weights"),
          *_errors(records, "error", "output_error", "Relative error of the outputs")),
@@ -151,7 +153,7 @@ def _heat(allocation: Mapping[str, Any], sensitivity: str) -> Heat | None:
         detail = f"layer {layer}, {kind}: {loss:.4g} at {width} bits; stored as {', '.join(schemes)}"
         cells.append(Cell(layer, kind, loss, _span([_width(s) for s in schemes]), detail))
     by = f" ({sensitivity})" if sensitivity else ""
-    return Heat(f"What {width} bits would cost{by}, and the bits that were chosen", tuple(cells))
+    return Heat(f"Sensitivity: loss at {width} bits{by}", tuple(cells))
 
 
 def _by_width(losses: Mapping[str, Any]) -> dict[int, float]:
@@ -208,30 +210,36 @@ def of_pruning(pruning: Mapping[str, Any], before: str = "") -> ByLayer:
     hidden = pruning.get("hidden")
     if isinstance(hidden, list):
         notes.append(f"hidden width: {len(hidden):,} of its channels stay")
-    for key, field, title, word in (("channels", "channels", "FFN channels kept", "ffn"),
-                                    ("heads", "heads", "Attention heads kept", "heads")):  # fmt: skip
-        chart = _kept(layers, key, field, title, _whole(before, word))
-        found += [chart] if chart else []
+    cut = {
+        field
+        for layer in layers
+        for field in ("channels", "heads")
+        if isinstance(mapping(layer).get(field), list)
+    }
+    # Where only whole layers went, one chart says it.
+    for field, title, word in (
+        ("channels", "FFN channels kept", "ffn"),
+        ("heads", "Attention heads kept", "heads"),
+    ):
+        if field in cut or (gone and not cut and not found):
+            chart = _kept(layers, field, title, _whole(before, word))
+            found += [chart] if chart else []
     return ByLayer(tuple(found), notes=tuple(notes))
 
 
-def _kept(layers: Sequence[Any], key: str, field: str, title: str, whole: float | None) -> Bars | None:
-    """Return how many parts each layer keeps; None where every layer keeps all and no layer is gone."""
-    bars, cut = [], False
+def _kept(layers: Sequence[Any], field: str, title: str, whole: float | None) -> Bars | None:
+    """Return how many parts each layer keeps; None where that is known of no layer."""
+    bars = []
     for index, layer in enumerate(layers):
         if layer is None:
             bars.append(Bar(index, None, f"layer {index}: removed"))
-            cut = True
             continue
         ids = mapping(layer).get(field)
         value = float(len(ids)) if isinstance(ids, list) else whole
-        cut = cut or isinstance(ids, list)
         if value is not None:  # keeps all of an unknown number: nothing to draw
             of = f" of {whole:,.0f}" if whole else ""
             bars.append(Bar(index, value, f"layer {index}: {value:,.0f}{of}"))
-    if not cut or not any(bar.value is not None for bar in bars):
-        return None
-    return Bars(key, title, tuple(bars), whole)
+    return Bars(field, title, tuple(bars), whole) if any(bar.value is not None for bar in bars) else None
 
 
 def _whole(words: str, part: str) -> float | None:

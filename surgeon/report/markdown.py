@@ -77,7 +77,7 @@ def _front(found: Summary) -> str:
 
 
 def _models(found: Summary) -> str:
-    compared = any(r.against for r in found.rows)
+    compared = any(r.compared for r in found.rows)
     heads = ["Model", *(figures.metric(k).heading for k in found.columns)]
     heads += ["Tokens against baseline", "Accuracy against baseline"] if compared else []
     rows = []

@@ -49,6 +49,8 @@ tbody th small{white-space:nowrap}
 thead th{font-weight:550;color:var(--muted);font-size:13px;vertical-align:bottom;border-bottom-color:var(--axis)}
 th:first-child,.text{text-align:left}
 td.text{white-space:normal;overflow-wrap:anywhere;min-width:10em}
+.facts-table td.text:last-child{min-width:18em}
+figure+figure,figure+.scroll,.scroll+.plain,figure+.plain{margin-top:20px}
 tbody th{font-weight:400;min-width:9em;max-width:22em;overflow-wrap:break-word;padding-left:0}
 thead th:first-child{padding-left:0}
 tr>:last-child{padding-right:0}
@@ -114,7 +116,7 @@ table small{font-size:6.5pt}
 .front small,.front .against{font-size:7.5pt}
 .caution{font-size:9pt}
 code{font-size:6.5pt}
-td.text{min-width:0}
+td.text,.facts-table td.text:last-child{min-width:0}
 .caution{border:1px solid var(--warn);border-left-width:3px}
 }
 """.replace("FONT", FONT)

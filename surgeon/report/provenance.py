@@ -29,6 +29,19 @@ class Provenance:
 
 _ADJUSTMENTS = ("aim", "acm", "sens", "fim", "delta_rank", "layer_scores")
 _CALIBRATION = ("name", "samples", "tokens", "sequence_length", "answer", "seed", "sha256")
+_ASKED = (
+    "criterion",
+    "structures",
+    "layout",
+    "group_size",
+    "sensitivity",
+    "target_bits",
+    "target_size",
+    "target_kl",
+    "samples",
+    "sequence_length",
+)
+"""What a report repeats of a request to prune or to quantize; the manifest has all of it."""
 _QUIET = {"int8_mask", "rescale"}
 """Parameters that only speak when they are on."""
 
@@ -37,12 +50,19 @@ def read(manifest: Mapping[str, Any]) -> Provenance:
     """Return what a manifest says; parts it does not have stay empty."""
     recipe = _mapping(manifest.get("recipe"))
     program = _mapping(manifest.get("program"))
-    method = str(recipe.get("method") or manifest.get("verb") or "").replace("_", "-")
+    request = _mapping(recipe.get("request"))
+    method = str(recipe.get("method") or request.get("method") or manifest.get("verb") or "").replace(
+        "_", "-"
+    )
     adjust = _mapping(recipe.get("adjust"))
     method = " + ".join(
         [method, *(a.replace("_", "-") for a in _ADJUSTMENTS if _changed({a: adjust.get(a)}))]
     )
-    parameters = {**_mapping(recipe.get("parameters")), **_changed(adjust)}
+    asked = {k: v for k, v in request.items() if k in _ASKED}
+    parameters = {**_mapping(recipe.get("parameters")), **_changed(adjust), **_changed(asked)}
+    for key in ("target", "experts", "schemes"):
+        if recipe.get(key):
+            parameters[key] = recipe[key]
     for key in ("precision", "out_dtype", "layers", "sweep"):
         if recipe.get(key):
             parameters[key] = recipe[key]

@@ -1,7 +1,7 @@
 """The page about runs and single commands, and the same as Markdown: header, sections, results of eval.
 
-    render(document)      one document of ``surgeon run --json``, or of merge, prune, edit, quantize, export, measure, diff
-    markdown(document)    the same as tables
+render(document)      one document of ``surgeon run --json``, or of merge, prune, edit, quantize, export, measure, diff
+markdown(document)    the same as tables
 """
 
 from __future__ import annotations
@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from surgeon import __version__
-from surgeon.report import charts, html, runs, scatter, svg, tradeoff
+from surgeon.report import charts, html, plot, runs, svg
 from surgeon.report import markdown as markdown_
 from surgeon.report import sections as sections_
 from surgeon.report.layers import mapping
@@ -71,10 +70,16 @@ def markdown_all(documents: Sequence[Mapping[str, Any]], *, title: str | None = 
     return "\n\n".join([*parts, markdown_.FOOTER]) + "\n"
 
 
-def drawing(documents: Sequence[Mapping[str, Any]]) -> Scene | None:
+def drawing(
+    documents: Sequence[Mapping[str, Any]], *, log_tokens: bool = False, iso_lines: bool = False
+) -> Scene | None:
     """Return every chart of the page, one below the other; None when there is nothing to draw."""
-    told, _, plain = _told(documents)
-    found = [block.draw(True) for section in sections_.sections(told, plain) for block in section.blocks if isinstance(block, Chart)]
+    told, summary, plain = _told(documents)
+    tokens = plot.scene(summary, log_tokens=log_tokens, iso_lines=iso_lines) if summary is not None else None
+    found = [tokens] if tokens is not None else []
+    for section in sections_.sections(told, plain):
+        drawn = [block.draw(True) for block in section.blocks if isinstance(block, Chart)]
+        found += [charts.heading(section.title), *drawn] if drawn else []
     return charts.stacked(found, _title(told)) if found else None
 
 
@@ -82,9 +87,10 @@ def _told(
     documents: Sequence[Mapping[str, Any]],
 ) -> tuple[list[Run], Summary | None, list[Mapping[str, Any]]]:
     """Return what there is to tell: runs, the summary of all evaluations, and those that were given alone."""
+    documents = [d for i, d in enumerate(documents) if d not in documents[:i]]
     plain = [d for d in documents if d.get("command") == "eval"]
     told = [runs.tell(d) for d in documents if d.get("command") != "eval"]
-    evaluated = [*(e for run in told for e in run.evaluations), *plain]
+    evaluated = runs.evaluations(documents)
     return told, summarise(evaluated) if evaluated else None, plain
 
 
@@ -93,7 +99,9 @@ def _told(
 
 def _title(told: Sequence[Run]) -> str:
     if len(told) > 1:
-        return f"{len(told)} results: {', '.join(run.name for run in told[:4])}{', …' if len(told) > 4 else ''}"
+        return (
+            f"{len(told)} results: {', '.join(run.name for run in told[:4])}{', …' if len(told) > 4 else ''}"
+        )
     return told[0].name if told[0].command == "run" else f"{told[0].command} {told[0].name}"
 
 
@@ -105,8 +113,11 @@ def _status(run: Run) -> tuple[str, bool]:
     gates = [gate for point in run.points for gate in point.gates]
     if run.published is not None and run.status == "ok":
         word = "published" if run.published else "done, nothing published"
+        swept = [point for point in run.points if point.name]
+        if swept and run.published:
+            word = f"published {sum(point.published for point in swept)} of {len(swept)} points"
         if gates and all(gate.get("passed") for gate in gates):
-            word += f", {'the gate holds' if len(gates) == 1 else f'all {len(gates)} gates hold'}"
+            word += f", {html.all_hold(len(gates))}"
     return word, False
 
 
@@ -132,10 +143,10 @@ def _head(told: Sequence[Run], title: str) -> str:
     for run in told:
         word, failed = _status(run)
         name = f"{run.name}: " if len(told) > 1 else ""
-        gated = any(point.gates for point in run.points)
+        gated = len(told) == 1 and any(point.gates for point in run.points)
         mark = f"{'✕' if failed else '✓'} {escaped(name + word)}"
         parts.append(f'<p class="facts">{" · ".join(map(escaped, _facts(run)))}</p>')
-        link = f'<a href="#gates">{mark}</a>' if gated else f"<span>{mark}</span>"
+        link = f'<a href="#run-gates">{mark}</a>' if gated else f"<span>{mark}</span>"
         parts.append(f'<p class="verdict {"bad" if failed else "good"}">{link}</p>')
         if run.error.get("message"):
             help_ = f"<p>{escaped(run.error['help'])}</p>" if run.error.get("help") else ""
@@ -158,7 +169,10 @@ def _block(block: Table | Chart | Listing, name: str, title: str) -> str:
     if isinstance(block, Table):
         return _table(block, title) if block.page else ""
     if isinstance(block, Listing):
-        items = "".join(f"<li>{f'<b>{escaped(what)}</b> ' if what else ''}{escaped(said)}</li>" for what, said in block.items)
+        items = "".join(
+            f"<li>{f'<b>{escaped(what)}</b> ' if what else ''}{escaped(said)}</li>"
+            for what, said in block.items
+        )
         return f'<ul class="plain">{items}</ul>'
     drawn = "".join(
         f'<div class="{width}">{svg.draw(block.draw(width == "wide"), prefix=f"{name}-{width}", background=False, style=False)}</div>'
@@ -170,7 +184,9 @@ def _block(block: Table | Chart | Listing, name: str, title: str) -> str:
 
 def _table(table: Table, title: str) -> str:
     kinds = ["" if a == "r" else ' class="text"' for a in table.alignment]
-    heads = "".join(f'<th scope="col"{kind}>{escaped(head)}</th>' for head, kind in zip(table.heads, kinds, strict=False))
+    heads = "".join(
+        f'<th scope="col"{kind}>{escaped(head)}</th>' for head, kind in zip(table.heads, kinds, strict=False)
+    )
     rows = []
     for row in table.rows:
         cells = [_cell(cell, number == table.verdict) for number, cell in enumerate(row)]
@@ -190,6 +206,11 @@ def _block_markdown(block: Table | Chart | Listing) -> str:
     if isinstance(block, Chart):
         return ""
     if isinstance(block, Listing):
-        return "\n".join(f"- {f'{in_markdown(what)}: ' if what else ''}{in_markdown(said)}" for what, said in block.items)
-    rows = [["**FAILED**" if i == block.verdict and c == "failed" else in_markdown(c) for i, c in enumerate(row)] for row in block.rows]
+        return "\n".join(
+            f"- {f'{in_markdown(what)}: ' if what else ''}{in_markdown(said)}" for what, said in block.items
+        )
+    rows = [
+        ["**FAILED**" if i == block.verdict and c == "failed" else in_markdown(c) for i, c in enumerate(row)]
+        for row in block.rows
+    ]
     return markdown_.table(block.heads, rows, block.alignment, raw=set(range(len(block.heads))))

@@ -77,7 +77,9 @@ class Point:
     def _before(self, found: Sequence[Size]) -> Iterable[Size]:
         """Yield what the result is compared with, where a step says it and no model is named so already."""
         baseline = self.baseline
-        if number(baseline.get("bytes")) is not None and str(baseline.get("name")) not in {s.name for s in found}:
+        if number(baseline.get("bytes")) is not None and str(baseline.get("name")) not in {
+            s.name for s in found
+        }:
             yield _size(f"{baseline.get('name')} (baseline)", baseline)
 
     @property
@@ -141,9 +143,15 @@ def tell(document: Mapping[str, Any]) -> Run:
         if command == "diff":
             name = " and ".join(Path(str(m)).name for m in sequence(document.get("models")))
     notes = tuple(
-        (step.id, str(note)) for point in points for step in point.steps for note in _notes(step.document)
+        (step.id, str(note))
+        for point in points
+        for step in point.steps
+        if step.verb != "eval"
+        for note in _notes(step.document)
     )
-    return Run(command, name, status, document, points, published, warnings, tuple(dict.fromkeys(notes)), error)
+    return Run(
+        command, name, status, document, points, published, warnings, tuple(dict.fromkeys(notes)), error
+    )
 
 
 def _notes(document: Mapping[str, Any]) -> Iterable[Any]:
@@ -162,7 +170,9 @@ def _point(entry: Mapping[str, Any], whole: Mapping[str, Any]) -> Point:
         after = list(itertools.takewhile(lambda s: s.verb != "prune", steps[index + 1 :]))
         later = list(itertools.chain.from_iterable(s.folders for s in after))
         later += [str(published)] if published and len(after) == len(steps) - index - 1 else []
-        found.append(Step(step.id, step.verb, step.status, step.seconds, step.document, step.folders, tuple(later)))
+        found.append(
+            Step(step.id, step.verb, step.status, step.seconds, step.document, step.folders, tuple(later))
+        )
     gates = tuple(mapping(gate) for gate in sequence(entry.get("gates")))
     passed = entry.get("passed") if entry is not whole else None
     return Point(
@@ -180,6 +190,19 @@ def _step(entry: Mapping[str, Any]) -> Step:
     )  # fmt: skip
 
 
+def evaluations(documents: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the results of eval in documents: those of steps, and those that were given alone last."""
+    plain = [d for d in documents if d.get("command") == "eval"]
+    return [*(e for d in documents if d.get("command") != "eval" for e in tell(d).evaluations), *plain]
+
+
+def gates(documents: Sequence[Mapping[str, Any]]) -> list[bool]:
+    """Return which gates hold: those of runs, of their evaluations, and of results of eval."""
+    found = [g for d in documents if d.get("command") != "eval" for p in tell(d).points for g in p.gates]
+    found += [mapping(g) for d in evaluations(documents) for g in sequence(d.get("gates"))]
+    return [bool(gate.get("passed")) for gate in found]
+
+
 # ---- by layer -----------------------------------------------------------------------------------------
 
 
@@ -188,7 +211,7 @@ def by_layer(step: Step) -> list[tuple[str, ByLayer]]:
     if step.verb == "quantize":
         plan = folders.read(step.folders, folders.PLAN)
         if plan is None:
-            return [(step.id, _gone(step, folders.PLAN, "bits and errors by layer"))]
+            return [(step.id, _gone(step, folders.PLAN, "bits and errors"))]
         return [(step.id, layers.of_plan(plan))]
     if step.verb == "prune":
         before = str(mapping(step.document.get("model")).get("shape") or "")
@@ -197,7 +220,7 @@ def by_layer(step: Step) -> list[tuple[str, ByLayer]]:
         found = []
         for name, where in places or [(step.id, (*step.folders, *step.later))]:
             pruning = folders.read(where, folders.PRUNING)
-            known = _gone(step, folders.PRUNING, "what each layer kept") if pruning is None else None
+            known = _gone(step, folders.PRUNING, "what each layer keeps") if pruning is None else None
             found.append((name, known or layers.of_pruning(pruning or {}, before)))
         return found
     if step.verb == "diff":
@@ -208,7 +231,7 @@ def by_layer(step: Step) -> list[tuple[str, ByLayer]]:
 def _gone(step: Step, file: str, what: str) -> ByLayer:
     if step.document.get("status") != "ok":
         return ByLayer()
-    return ByLayer(notes=(f"{what} are not known: no {file} lies in {step.folders[0] if step.folders else 'its folder'}",))  # fmt: skip
+    return ByLayer(notes=(f"{what}: not known, no {file} lies in {step.folders[0] if step.folders else 'its folder'}",))  # fmt: skip
 
 
 # ---- in words -----------------------------------------------------------------------------------------

@@ -70,7 +70,8 @@ def sections(runs: Sequence[Run], evaluations: Sequence[Mapping[str, Any]] = ())
     found.append(_trade(tradeoff.candidates(runs, evaluations)))
     for run in runs:
         head = f"{run.name}: " if several else ""
-        found += [_sizes(run, head), _steps(run, head), *_layers(run, head), _schemes(run, head), _calibration(run, head),
+        known = _known(run)
+        found += [_sizes(run, head), _steps(run, head), *_layers(run, head, known), _schemes(run, head), _calibration(run, head, known),
                   _sentences(run, head), _made(run, head)]  # fmt: skip
     return [section for section in found if section is not None]
 
@@ -86,7 +87,9 @@ def _points(run: Run, head: str) -> Section | None:
         values = ", ".join(f"{k} {provenance.value(v)}" for k, v in point.values.items())
         verdict = DASH if point.passed is None or not point.gates else "holds" if point.passed else "failed"
         figures = "; ".join(_figures(point))
-        rows.append((verdict, point.name, values or DASH, figures or DASH, "yes" if point.published else "no"))
+        rows.append(
+            (verdict, point.name, values or DASH, figures or DASH, "yes" if point.published else "no")
+        )
     heads = ("Gates", "Point", "Values", "Figures of its gates", "Published")
     return Section(f"{head}Points of the sweep", (Table(heads, tuple(rows), "lllll", 0),))
 
@@ -108,9 +111,19 @@ def _gates(run: Run, head: str) -> Section | None:
             rows.append(tuple(row))
     if not rows:
         return None
-    heads = ("Result", *(("Point",) if swept else ()), "Gate", "Measured by", "Value", "Threshold", "Baseline")
+    heads = (
+        "Result",
+        *(("Point",) if swept else ()),
+        "Gate",
+        "Measured by",
+        "Value",
+        "Threshold",
+        "Baseline",
+    )
     alignment = "lllrrr" if not swept else "llllrrr"
-    return Section(f"{head}Gates", (Table(heads, tuple(rows), alignment, 0),), anchor="gates")
+    return Section(
+        f"{head}Gates", (Table(heads, tuple(rows), alignment, 0),), anchor="" if head else "run-gates"
+    )
 
 
 def _steps(run: Run, head: str) -> Section | None:
@@ -120,30 +133,51 @@ def _steps(run: Run, head: str) -> Section | None:
             name = f"{point.name} / {step.id}" if point.name else step.id
             seconds = DASH if step.seconds is None else f"{step.seconds:,.1f}"
             rows.append((name, step.verb, step.status, seconds, "; ".join(found_by(step)) or DASH))
-    if not rows:
+    if not rows or run.command == "diff":
         return None
     return Section(
-        f"{head}Steps",
+        f"{head}Steps" if run.published is not None else f"{head}Result",
         (Table(("Step", "Command", "Status", "Seconds", "What it found"), tuple(rows), "lllrl"),),
-        "" if run.published is None else "Seconds of a step that was unchanged are those of the run that made it.",
+        ""
+        if run.published is None
+        else "Seconds of a step that was unchanged are those of the run that made it.",
     )
 
 
 def _sizes(run: Run, head: str) -> Section | None:
     rows: list[tuple[str, ...]] = []
+    before: Size | None = None
     for point in run.points:
         sizes = point.sizes()
         first = sizes[0] if sizes else None
         for size in sizes:
-            name = f"{point.name} / {size.name}" if point.name else size.name
+            if size is first and size == before:  # points of a sweep begin with the same model
+                continue
+            made = size.name in {step.id for step in point.steps}
+            name = f"{point.name} / {size.name}" if point.name and (made or size is not first) else size.name
             rows.append((name, amount(size.bytes, BYTES), _change(size, first, "bytes"), amount(size.parameters, COUNTS),
                          _change(size, first, "parameters"), _bits(size.bits_each), _bits(size.bits)))  # fmt: skip
+        before = first
     if not rows:
         return None
-    heads = ("Model", "Bytes", "Change", "Parameters", "Change", "Bits a parameter", "Bits of quantized matrices")
+    heads = (
+        "Model",
+        "Bytes",
+        "Change",
+        "Parameters",
+        "Change",
+        "Bits a parameter",
+        "Bits of quantized matrices",
+    )
     if all(row[-1] == DASH for row in rows):
         heads, rows = heads[:-1], [row[:-1] for row in rows]
-    return Section(f"{head}Size", (Table(heads, tuple(rows), "lrrrrrr"),), "Changes are against the first line.")
+    return Section(
+        f"{head}Size",
+        (Table(heads, tuple(rows), "lrrrrrr"),),
+        "Changes are against the first line."
+        if not any(p.name for p in run.points)
+        else "Changes are against the model each point began with.",
+    )
 
 
 def _change(size: Size, first: Size | None, key: str) -> str:
@@ -176,10 +210,16 @@ def _trade(found: Sequence[Candidate]) -> Section | None:
                      figure(candidate.tokens), DASH if candidate.speedup is None else f"{candidate.speedup:.2f}×",
                      amount(candidate.bytes, BYTES), amount(candidate.parameters, COUNTS)))  # fmt: skip
     heads = ("Model", tradeoff.heading(key or ""), "Mean tokens", "Speedup", "Bytes", "Parameters")
+    shown = [i for i in range(len(heads)) if any(row[i] != DASH for row in rows)]
+    table = Table(
+        tuple(heads[i] for i in shown),
+        tuple(tuple(row[i] for i in shown) for row in rows),
+        "l" + "r" * (len(shown) - 1),
+    )
     note = "Filled markers are on the Pareto front: no other model here is at least as good in both."
     if any(c.speedup is not None for c in found):
         note += " A speedup is against the model the command was given."
-    return Section("What quality costs", (*map(chart, range(count)), Table(heads, tuple(rows), "lrrrrr")), note)
+    return Section("What quality costs", (*map(chart, range(count)), table), note)
 
 
 # ---- layers -------------------------------------------------------------------------------------------
@@ -197,20 +237,21 @@ def _known(run: Run) -> list[tuple[str, ByLayer]]:
     return found
 
 
-def _layers(run: Run, head: str) -> Iterable[Section]:
-    known = _known(run)
-    drawn = [name for name, one in known if one.bars or one.heat][:CHARTED]
-    for name, one in known:
-        if name not in drawn and not one.notes:
-            continue
-        blocks: list[Table | Chart | Listing] = []
-        if name in drawn:
-            blocks += [_bars_chart(chart) for chart in one.bars]
-            blocks += [_heat_chart(one.heat)] if one.heat else []
-            blocks += [_layer_table(one.bars)] if one.bars else []
-        if one.notes:
-            blocks.append(Listing(tuple(("", note) for note in one.notes)))
-        yield Section(f"{head}Layers of {name}" if run.command != "diff" else f"{head}Layers", tuple(blocks))
+def _layers(run: Run, head: str, known: Sequence[tuple[str, ByLayer]]) -> Iterable[Section]:
+    drawable = [(name, one) for name, one in known if one.bars or one.heat]
+    for name, one in drawable[:CHARTED]:
+        blocks: list[Table | Chart | Listing] = [_bars_chart(chart) for chart in one.bars]
+        blocks += [_heat_chart(one.heat)] if one.heat else []
+        blocks += [_layer_table(one.bars)] if one.bars else []
+        blocks += [Listing(tuple(("", note) for note in one.notes))] if one.notes else []
+        title = "Layers" if name == run.command else f"Layers of {name}"
+        yield Section(f"{head}{title}", tuple(blocks))
+    rest = [
+        (name, "not drawn: a report of this model alone shows its layers") for name, _ in drawable[CHARTED:]
+    ]
+    rest += [(name, note) for name, one in known if not (one.bars or one.heat) for note in one.notes]
+    if rest:
+        yield Section(f"{head}Layers that are not shown", (Listing(tuple(rest)),))
 
 
 def _style(wide: bool) -> Style:
@@ -222,7 +263,7 @@ def _bars_chart(chart: Bars) -> Chart:
 
 
 def _heat_chart(chart: Heat) -> Chart:
-    said = "The darker, the more is lost (logarithmic scale); the number is the bits that were chosen."
+    said = "The stronger the colour, the more is lost (logarithmic scale); the number is the bits that were chosen."
     return Chart(lambda wide: charts.heat(chart, _style(wide)), said)
 
 
@@ -231,9 +272,14 @@ def _layer_table(found: Sequence[Bars]) -> Table:
     each = [{bar.layer: bar for bar in chart.bars} for chart in found]
     rows = []
     for layer in sorted({layer for bars in each for layer in bars}):
-        cells = [chart.written(bars[layer].value) if layer in bars else DASH for chart, bars in zip(found, each, strict=True)]
+        cells = [
+            chart.written(bars[layer].value) if layer in bars else DASH
+            for chart, bars in zip(found, each, strict=True)
+        ]
         rows.append((str(layer), *cells))
-    return Table(("Layer", *(chart.title for chart in found)), tuple(rows), "r" * (1 + len(found)), page=False)
+    return Table(
+        ("Layer", *(chart.title for chart in found)), tuple(rows), "r" * (1 + len(found)), page=False
+    )
 
 
 def _schemes(run: Run, head: str) -> Section | None:
@@ -248,12 +294,12 @@ def _schemes(run: Run, head: str) -> Section | None:
     return Section(f"{head}Schemes", (Table(heads, tuple(rows), "llrrrr"),))
 
 
-def _calibration(run: Run, head: str) -> Section | None:
+def _calibration(run: Run, head: str, known: Sequence[tuple[str, ByLayer]]) -> Section | None:
     rows = coverage.rows(named_steps(run))
     blocks: list[Table | Chart | Listing] = []
     if rows:
         blocks.append(Table(coverage.HEADS, tuple(tuple(row) for row in rows), coverage.ALIGNMENT))
-    reached = [("", said) for name, one in _known(run) for said in coverage.idle(name, one.idle)]
+    reached = [("", said) for name, one in known for said in coverage.idle(name, one.idle)]
     if reached:
         blocks.append(Listing(tuple(reached)))
     return Section(f"{head}Calibration coverage", tuple(blocks)) if blocks else None
@@ -329,4 +375,6 @@ def amount(value: Any, units: Sequence[str]) -> str:
 def figure(value: Any) -> str:
     """Return a number as it is read best, a dash where there is none."""
     found = number(value)
-    return DASH if found is None else minus(f"{found:,.6g}")
+    if found is None:
+        return DASH
+    return minus(f"{found:,.0f}" if abs(found) >= 1e5 else f"{found:,.6g}")

@@ -48,6 +48,11 @@ class Row:
         return "accuracy" in self.metrics and "tokens_mean" in self.metrics
 
     @property
+    def compared(self) -> bool:
+        """Whether there are paired figures against a baseline."""
+        return self.accuracy_change is not None or self.tokens_change is not None
+
+    @property
     def point(self) -> pareto.Point:
         accuracy, tokens = self.metrics["accuracy"], self.metrics["tokens_mean"]
         return pareto.Point(

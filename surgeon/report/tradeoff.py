@@ -9,14 +9,17 @@ from typing import Any
 from surgeon.report import figures, scatter
 from surgeon.report.documents import number
 from surgeon.report.figures import Measure
-from surgeon.report.layers import mapping, sequence
+from surgeon.report.layers import mapping
 from surgeon.report.pareto import Point as Place
-from surgeon.report.runs import Point, Run, speedup_of
+from surgeon.report.runs import Point, Run, Step, speedup_of
 from surgeon.report.scatter import Dot, Plane, Scene, Style
 
 UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B"))
 TASK = ("exact_match,strict-match", "exact_match", "acc", "exact_match,flexible-extract", "acc_norm")
 """Metrics of tasks that are shares of right answers, the first one that is there."""
+
+AGREEMENT = "top1:"
+"""Begins the name of a share of equal first choices; the model it agrees with follows, for others do not compare."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +46,15 @@ def candidates(runs: Sequence[Run], evaluations: Sequence[Mapping[str, Any]] = (
         model = mapping(document.get("model"))
         found.append(Candidate(str(model.get("name")), "results", _quality(document), *_tokens(document), None,
                                number(model.get("bytes")), number(model.get("parameters"))))  # fmt: skip
-    baselines = [p.baseline for r in runs for p in r.points] + [mapping(d.get("baseline")) for d in evaluations]
+    baselines = [p.baseline for r in runs for p in r.points] + [
+        mapping(d.get("baseline")) for d in evaluations
+    ]
     for baseline in baselines:
         named = [i for i, c in enumerate(found) if c.name == str(baseline.get("name"))]
         if named:
             found[named[0]] = replace(found[named[0]], baseline=True)
         elif baseline:
-            found.append(Candidate(str(baseline.get("name")), "baseline", _quality(baseline), *_tokens(baseline), None,
+            found.append(Candidate(str(baseline.get("name")), "other models", _quality(baseline), *_tokens(baseline), None,
                                    number(baseline.get("bytes")), number(baseline.get("parameters")), True))  # fmt: skip
     return list(_apart(found))
 
@@ -62,18 +67,24 @@ def _of_point(run: Run, point: Point) -> Iterable[Candidate]:
     if last is not None and len(last.members) > 1:
         for member in last.members:
             speed = {"speedup": mapping(member.get("speedup"))}
-            yield Candidate(f"{name} {member.get('name')}", run.name, _own(mapping(member.get("quality"))), None, speedup_of(speed),
+            yield Candidate(f"{name} {member.get('name')}", run.name, _own(mapping(member.get("quality")), last), None, speedup_of(speed),
                             number(member.get("bytes")), number(member.get("parameters")))  # fmt: skip
         return
     scores = [s.document for s in point.steps if s.verb == "eval"]
     quality: dict[str, Measure] = {}
     if last is not None:
-        quality |= _own(mapping(last.document.get("metrics"))) if last.verb in ("prune", "quantize", "edit") else {}
+        quality |= (
+            _own(mapping(last.document.get("metrics")), last)
+            if last.verb in ("prune", "quantize", "edit")
+            else {}
+        )
     tokens = None
     for document in scores:
         quality |= _quality(document)
         tokens = _tokens(document)[0] or tokens
-    speeds = [s for step in point.steps if (s := speedup_of(mapping(step.document.get("metrics")))) is not None]
+    speeds = [
+        s for step in point.steps if (s := speedup_of(mapping(step.document.get("metrics")))) is not None
+    ]
     output = mapping(last.document.get("output")) if last is not None else {}
     yield Candidate(name, run.name, quality, tokens, speeds[-1] if speeds else None, number(output.get("bytes")),
                     number(output.get("parameters")))  # fmt: skip
@@ -82,7 +93,9 @@ def _of_point(run: Run, point: Point) -> Iterable[Candidate]:
 def _quality(document: Mapping[str, Any]) -> dict[str, Measure]:
     """Return shares of an evaluation that say how good a model is."""
     metrics = mapping(document.get("metrics"))
-    found = {key: measure for key in ("accuracy", "top1_agreement") if (measure := Measure.read(metrics.get(key)))}
+    found = {
+        key: measure for key in ("accuracy", "top1_agreement") if (measure := Measure.read(metrics.get(key)))
+    }
     tasks: dict[str, dict[str, Any]] = {}
     for key, entry in metrics.items():
         if key.startswith("task:"):
@@ -96,10 +109,10 @@ def _quality(document: Mapping[str, Any]) -> dict[str, Measure]:
     return found
 
 
-def _own(metrics: Mapping[str, Any]) -> dict[str, Measure]:
+def _own(metrics: Mapping[str, Any], step: Step) -> dict[str, Measure]:
     """Return what a command measured itself: agreement with the model it changed."""
-    value = number(metrics.get("top1"))
-    return {} if value is None else {"top1": Measure(value)}
+    value, before = number(metrics.get("top1")), mapping(step.document.get("model")).get("name")
+    return {} if value is None or before is None else {f"{AGREEMENT}{before}": Measure(value)}
 
 
 def _tokens(document: Mapping[str, Any]) -> tuple[float | None]:
@@ -127,9 +140,11 @@ def measure_of(found: Sequence[Candidate]) -> str | None:
 
 def heading(key: str) -> str:
     """Return what a quality is called."""
-    if key == "top1":
-        return "Top-1 agreement with the model before"
-    return f"Accuracy on {key.removeprefix('task:')}" if key.startswith("task:") else figures.metric(key).heading
+    if key.startswith(AGREEMENT):
+        return f"Top-1 agreement with {key.removeprefix(AGREEMENT)}"
+    return (
+        f"Accuracy on {key.removeprefix('task:')}" if key.startswith("task:") else figures.metric(key).heading
+    )
 
 
 def scenes(found: Sequence[Candidate], style: Style = scatter.WIDE) -> list[Scene]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from surgeon.errors import EnvironmentFault, OutputConflict, UsageError, Where, close_matches
-from surgeon.report import documents, html, markdown, png, svg
+from surgeon.report import documents, html, markdown, png, run_page, svg
 from surgeon.report.plot import scene
 from surgeon.report.summary import summarise
 from surgeon.report.text import visible
@@ -44,7 +44,7 @@ def render(
     """Return a report over results as the bytes of a file.
 
     Args:
-        results: result documents of eval.
+        results: result documents of eval, of runs, and of merge, prune, edit, quantize, export, measure and diff.
         form: one of FORMATS.
         log_tokens: logarithmic axis for answer lengths.
         iso_lines: draw lines of equal accuracy per 1,000 tokens.
@@ -64,6 +64,8 @@ def render(
         raise UsageError("E235", "no results to report on")
     for position, document in enumerate(results):
         documents.validate(document, f"results[{position}]")
+    if any(document["command"] != "eval" for document in results):
+        return _of_runs(results, form, title, log_tokens, iso_lines)
     found = summarise(results, title)
     if form == "markdown":
         return markdown.render(found).encode()
@@ -73,6 +75,20 @@ def render(
     if drawn is None:
         raise UsageError("E238", "nothing to plot: no result has both accuracy and mean tokens",
                          help="--format html or markdown show the other metrics; eval --length measures tokens")  # fmt: skip
+    return png.draw(drawn) if form == "png" else svg.draw(drawn).encode()
+
+
+def _of_runs(
+    results: Sequence[Mapping[str, Any]], form: str, title: str | None, log_tokens: bool, iso_lines: bool
+) -> bytes:
+    if form == "markdown":
+        return run_page.markdown_all(results, title=title).encode()
+    if form == "html":
+        return run_page.render_all(results, title=title, log_tokens=log_tokens, iso_lines=iso_lines).encode()
+    drawn = run_page.drawing(results, log_tokens=log_tokens, iso_lines=iso_lines)
+    if drawn is None:
+        raise UsageError("E238", "nothing to plot: no result says anything by layer, and no two models compare",
+                         help="--format html or markdown show the tables; the folders of the models must still be there")  # fmt: skip
     return png.draw(drawn) if form == "png" else svg.draw(drawn).encode()
 
 

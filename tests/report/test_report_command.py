@@ -132,7 +132,7 @@ def within(path: str, value: object) -> dict:
         ([], "E234", "the list is empty"),
         (changed(schema=2), "E234", "schema is 2; this version reads 1"),
         (changed(schema=True), "E234", "schema is true"),
-        (changed(command="merge"), "E234", 'command is "merge"'),
+        (changed(command="inspect"), "E234", 'command is "inspect"'),
         (changed(status="failed", error={"message": "out of memory"}), "E234", 'status is "failed": out of memory'),
         (changed(metrics=None), "E236", "metrics is missing"),
         (changed(model={}), "E236", "model.name is missing"),

@@ -206,11 +206,11 @@ def test_decoding_leaves_the_model_as_it_was(monkeypatch):
     _Linear4bit.__module__, _Linear4bit.__name__ = "bitsandbytes.nn.modules", "Linear4bit"
     torch.manual_seed(0)
     plain, packed = torch.nn.Linear(8, 8), _Linear4bit(8, 8)
-    packed.quantization_scheme = None
-    plain.quantization_scheme = object()
+    packed.quantization_scheme = None  # type: ignore[assignment]
+    plain.quantization_scheme = object()  # type: ignore[assignment]
     model = torch.nn.Sequential(plain, packed).to(torch.bfloat16)
     model.register_buffer("positions", torch.arange(3.0))
-    model.dtype = torch.bfloat16
+    model.dtype = torch.bfloat16  # type: ignore[assignment]
     monkeypatch.setitem(
         quantized_child._DECODERS, "Linear4bit", lambda module: torch.eye(8, dtype=torch.bfloat16) * 2
     )
