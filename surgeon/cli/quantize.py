@@ -70,8 +70,9 @@ def quantize(
         typer.Option("--ignore", help="Matrices that stay: name, glob or re:REGEX; repeat [lm_head]."),
     ] = None,
     sensitivity: Annotated[
-        str, typer.Option("--sensitivity", help="Of targets: rel-output, fisher, kl or weight.")
-    ] = "rel-output",
+        str,
+        typer.Option("--sensitivity", help="Of targets: fisher, rel-output, kl or weight [fisher where it can be run, else rel-output]."),
+    ] = "auto",
     sensitivities: Annotated[
         str | None,
         typer.Option("--sensitivities", help="Losses by matrix and scheme: written there, or read."),

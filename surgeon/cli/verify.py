@@ -143,6 +143,7 @@ _FAILURES = {
     "generate": {"E361"},
     "tokenizer use": {"E362"},
     "against": {"E363", "E408", "E409"},
+    "decoded": {"E482", "E483"},
 }
 
 
@@ -195,6 +196,14 @@ def _read(found: Any, asked: bool) -> list[dict[str, Any]]:
         add("generate", f"{generated['tokens']} greedy tokens equal with and without cache", generated)
     else:
         add("generate", f"a forward pass is finite, output {(forward or {}).get('shape')}", forward)
+    decoded = getattr(found, "decoded", None)
+    if decoded is not None and "relative difference" in decoded:
+        detail = f"logits {decoded['relative difference']:.1e} from the stored numbers, {decoded['as run']:.1e} as its kernels run"
+        add("decoded", detail, decoded)
+    elif decoded is not None:
+        lines.append({"name": "decoded", "result": "skipped", "detail": decoded["notice"]})
+    else:
+        add("decoded", "", None)
     tensors, logits = found.against, checks.get("against")
     if tensors is not None and tensors.get("masked"):
         how = (

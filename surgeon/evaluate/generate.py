@@ -86,10 +86,10 @@ def generate(
         EnvironmentFault: E504 the device's memory is used up, also with half as many rows.
         Interrupted: ``stop`` was set; what was received so far is complete.
     """
-    made: set[tuple[int, int]] = set()
+    made: set[Job] = set()
 
     def keep(reply: Reply) -> None:
-        made.add((reply.index, reply.sample))
+        made.add(reply.job)
         receive(reply)
 
     try:
@@ -100,7 +100,7 @@ def generate(
             if not half:
                 raise
             # What is lost are tokens of unfinished replies; each draws the same random numbers in any batch.
-            rest = [job for job in jobs if (job.index, job.sample) not in made]
+            rest = [job for job in jobs if job not in made]
             _generate(model, rest, decoding, half, keep, stop)
         except torch.OutOfMemoryError:
             raise EnvironmentFault("E504", f"the memory of {model.device} is used up with {half or 1} replies at once",

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from surgeon.checkpoint.strict_json import read_json_object
-from surgeon.errors import InputError, UsageError, Where
+from surgeon.errors import EnvironmentFault, InputError, UsageError, Where
 from surgeon.formats.scheme import Scheme
 from surgeon.quantize import wishes
 from surgeon.quantize.allocation import sensitivity_file, target_size
@@ -26,6 +26,10 @@ from surgeon.quantize.sizes import file_bytes, fixed_bytes, matrix_bytes, word
 
 PLAN_FILE = "plan.json"
 """Companion that says how every matrix is stored, and why."""
+
+
+NO_GRADIENTS = ("E380", "E382", "E434", "E504")
+"""Codes of models that cannot be run backward here: no head, no record, gradients that are not finite, too little memory."""
 
 
 @dataclass
@@ -208,30 +212,49 @@ def schemes_of(session: Session, allocation: Allocation) -> Schemes:
 
 def sensitivities(session: Session, menu: Sequence[Scheme]) -> Sensitivities:
     """Return losses of all matrices in all schemes: from the file that was given, kept, or measured now."""
-    from surgeon.quantize import measuring
-
     request = session.request
     given = Path(request.sensitivities).expanduser() if request.sensitivities else None
     if given is not None and given.is_file():
-        table = sensitivity_file.load(given, kind=request.sensitivity)  # type: ignore[arg-type]
-        session.say(f"sensitivities from {given.name}: the model is not run for them")
+        kind = None if request.sensitivity == "auto" else request.sensitivity
+        table = sensitivity_file.load(given, kind=kind)  # type: ignore[arg-type]
+        session.say(f"sensitivities from {given.name} ({table.kind}): the model is not run for them")
         return table
+    table = _automatic(session, menu) if request.sensitivity == "auto" else _measured(session, menu, request.sensitivity)
+    if given is not None:
+        given.parent.mkdir(parents=True, exist_ok=True)
+        sensitivity_file.save(given, table)
+    return table
+
+
+def _automatic(session: Session, menu: Sequence[Scheme]) -> Sensitivities:
+    """Return Fisher losses where the model can be run backward, else relative errors of outputs."""
+    reason = "it predicts no next tokens"
+    if session.decoder:
+        try:
+            session.say("--sensitivity fisher: errors weighted by gradients; rel-output takes an eighth of the time")
+            return _measured(session, menu, "fisher")
+        except (InputError, EnvironmentFault) as error:
+            if error.code not in NO_GRADIENTS:
+                raise
+            reason = error.message
+    session.say(f"--sensitivity rel-output: {reason}")
+    return _measured(session, menu, "rel-output")
+
+
+def _measured(session: Session, menu: Sequence[Scheme], kind: str) -> Sensitivities:
+    from surgeon.quantize import measuring
+
     layers = session.linear.layers
     asked = wishes.wishes(session)
     head = session.linear.head
     if head is not None and head.tensor in asked.fixed:
         layers = (*layers, (head,))
-    table = measuring.measure(
-        request.sensitivity, session.checkpoint, layers, menu, session.form,
-        session.texts.statistics if request.sensitivity != "weight" else (), session.settings, session.options,
-        session.work / "sensitivities", search=session.texts.search if request.sensitivity == "kl" else (),
-        groups=_groups(session, menu) if request.sensitivity == "kl" else None, seed=request.seed,
-        progress=session.tell, stop=session.stop,
+    return measuring.measure(
+        kind, session.checkpoint, layers, menu, session.form, session.texts.statistics if kind != "weight" else (),
+        session.settings, session.options, session.work / "sensitivities",
+        search=session.texts.search if kind == "kl" else (), groups=_groups(session, menu) if kind == "kl" else None,
+        seed=session.request.seed, progress=session.tell, stop=session.stop,
     )  # fmt: skip
-    if given is not None:
-        given.parent.mkdir(parents=True, exist_ok=True)
-        sensitivity_file.save(given, table)
-    return table
 
 
 def _groups(session: Session, menu: Sequence[Scheme]) -> dict[str, str]:

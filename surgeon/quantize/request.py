@@ -19,6 +19,7 @@ METHODS = {
 """Method -> one line."""
 
 SENSITIVITIES = {
+    "auto": "fisher where the model is a decoder whose layers fit the memory limit, else rel-output; said",
     "rel-output": "relative error of each matrix's outputs; one pass",
     "fisher": "errors of outputs weighted by squared gradients; one pass back and forth",
     "kl": "divergence of the model with one group quantized, measured; at most 300 groups",
@@ -55,7 +56,7 @@ class QuantizeRequest(BaseModel):
     tensor_parallel: int = Field(default=1, ge=1)
     double_quant: bool = False
     ignore: tuple[str, ...] | None = None
-    sensitivity: str = "rel-output"
+    sensitivity: str = "auto"
     sensitivities: str | None = None
     allocation: Literal["optimal", "pmq"] = "optimal"
     granularity: Literal["expert", "layer", "projection"] = "expert"
@@ -163,7 +164,7 @@ class QuantizeRequest(BaseModel):
             if value and not sensible:
                 raise UsageError("E217", f"{_option(name)} has no effect: {reasons.get(name, 'rounding to nearest looks at no text')}", help="leave it out")  # fmt: skip
         self._check_experts(targeted)
-        if self.sensitivity != "rel-output" and not targeted:
+        if self.sensitivity != "auto" and not targeted:
             raise UsageError("E217", "--sensitivity has no effect without a target", help="--target-bits, --target-size or --target-kl")  # fmt: skip
         if self.runtime != "transformers" and self.format in ("bitsandbytes", "gguf"):
             raise UsageError("E217", f"--runtime {self.runtime} has no effect on {self.format}", help="leave it out")  # fmt: skip
@@ -177,7 +178,7 @@ class QuantizeRequest(BaseModel):
         """Refuse options of mixtures that do not go together."""
         if self.allocation == "pmq" and (self.target_bits is None or self.drop_experts):
             raise UsageError("E217", "--allocation pmq chooses widths of experts for an average of bits", help="--target-bits 2.5, without --drop-experts")  # fmt: skip
-        if self.allocation == "pmq" and self.sensitivity != "rel-output":
+        if self.allocation == "pmq" and self.sensitivity != "auto":
             raise UsageError("E217", "--sensitivity has no effect on --allocation pmq, which has a score of its own", help="leave it out")  # fmt: skip
         if self.drop_experts and self.format == "gguf":
             raise UsageError("E217", "--drop-experts writes folders", help="surgeon prune --keep-experts first, then --format gguf")  # fmt: skip

@@ -220,10 +220,13 @@ def _site(found: _Module, call: ast.Call) -> Site | None:
     arguments = list(call.args)
     named = bool(arguments) and _is_code(arguments[0])
     default = None if named else _default_code(found.functions.get(name))
-    if not named and default is None:
+    chosen = name in CLASSES and bool(arguments) and not named
+    if not named and not chosen and default is None:
         return None
     words = {keyword.arg: keyword.value for keyword in call.keywords if keyword.arg}
-    if named:
+    if chosen:  # the code is picked by a condition or a table
+        code, message = f"({expression(arguments[0])})", arguments[1] if len(arguments) > 1 else None
+    elif named:
         code, message = arguments[0].value, arguments[1] if len(arguments) > 1 else words.get("message")  # type: ignore[attr-defined]
     else:
         given = [a for a in [words.get("code"), *arguments] if a is not None and _is_code(a)]
@@ -235,7 +238,7 @@ def _site(found: _Module, call: ast.Call) -> Site | None:
     help = words.get("help")
     if help is None and place is not None and len(arguments) > place:
         help = arguments[place]
-    texts = [text for text in (message, help) if text is not None]
+    texts = [text for text in (arguments[0] if chosen else None, message, help) if text is not None]
     return Site(
         code, kind, template(message) if message is not None else "", None if help is None else template(help),
         tuple(_sources(found, call, texts)), str(found.path.relative_to(PACKAGE.parent)), call.lineno,
@@ -253,7 +256,7 @@ def sites() -> tuple[Site, ...]:
             for call in calls
             if (site := _site(module(path), call))
         ]
-    return tuple(sorted(found, key=lambda site: (len(site.code), site.block)))
+    return tuple(sorted(found, key=lambda site: (site.code[0] == "(", len(site.code), site.block)))
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from collections import defaultdict
 import error_sites
 import pytest
 import update_snapshot
-from error_sites import CHOSEN, CLASSES, PRINTED, RECORDERS, Site, mentioned, sites
+from error_sites import CHOSEN, CODE, CLASSES, PRINTED, RECORDERS, Site, mentioned, sites
 
 from surgeon import errors
 
@@ -34,7 +34,8 @@ OF_ANOTHER_GROUP = {
 def classes() -> dict[str, set[str]]:
     found: dict[str, set[str]] = defaultdict(set)
     for site in sites():
-        found[site.code].add(site.kind)
+        if CODE.fullmatch(site.code):
+            found[site.code].add(site.kind)
     for code, kind in (PRINTED | CHOSEN).items():
         found[code].add(kind)
     return found

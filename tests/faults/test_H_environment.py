@@ -102,8 +102,8 @@ def test_H3_memory_that_stays_exhausted_is_exit_5_with_a_way_out(evaluate, memor
     "arguments",
     [
         ("eval", "--perplexity", "TEXT"),
-        ("measure", "--mode", "prefill", "--context", "8", "--repeat", "1"),
-        ("prune", "--sparsity", "0.5", "--calibration", "TEXT", "--samples", "4", "--no-measure", "-o", "OUT"),
+        ("measure", "--mode", "prefill", "--context", "8", "--repeat", "3"),
+        ("prune", "--sparsity", "0.5", "--calibration", "TEXT", "--samples", "4", "-o", "OUT"),
         ("quantize", "--scheme", "W4A16", "--method", "gptq", "--group-size", "8", "--calibration", "TEXT", "--samples", "4", "-o", "OUT"),
     ],
 )  # fmt: skip

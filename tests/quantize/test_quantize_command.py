@@ -89,6 +89,7 @@ def test_a_size_is_met_to_the_byte_and_bits_are_those_of_the_file(quantize, scra
     assert 4.5 < said["output"]["bits"] <= 4.6
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(quantize, scratch, monkeypatch):
     quantize("--scheme", "W4A16", out="whole")
     made = []
@@ -113,6 +114,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(quantize, scratch, 
     assert quantize("--scheme", "W4A16", out="again")["output"]["unchanged"]
 
 
+@pytest.mark.slow
 def test_a_plan_is_repeated_and_a_strange_one_refused(quantize, scratch):
     quantize("--target-bits", 5, "--sensitivity", "weight", "--method", "rtn", out="first")
     quantize("--plan", scratch / "first", "--method", "rtn", out="second")
@@ -126,9 +128,10 @@ def test_a_plan_is_repeated_and_a_strange_one_refused(quantize, scratch):
     assert said["error"]["code"] == "E492" and not (scratch / "third").exists()
 
 
+@pytest.mark.slow
 def test_sensitivities_are_kept_and_read_again(quantize, scratch, monkeypatch):
     table = scratch / "losses.json"
-    first = quantize("--target-bits", 5, "--sensitivities", table, out="first")
+    first = quantize("--target-bits", 5, "--sensitivity", "rel-output", "--sensitivities", table, out="first")
     assert table.is_file() and first["loss"]["predicted"] == pytest.approx(
         first["loss"]["remeasured"], rel=0.5
     )
@@ -187,3 +190,23 @@ def test_stock_transformers_loads_what_was_published(capsys, scratch, text):
     assert ran.code == 0, ran.err
     reading = ran.document["reading"]
     assert reading["modules"] == 28 and reading["relative difference"] < 1e-3 and reading["generated"] == 16
+
+
+@pytest.mark.slow
+def test_without_a_word_gradients_weigh_errors(quantize, scratch):
+    said = quantize("--target-bits", 5, "--bits", "4,8")
+    assert said["allocation"]["sensitivity"] == "fisher" and said["output"]["bits"] <= 5
+
+
+@pytest.mark.slow
+def test_gguf_is_written_and_llama_cpp_computes_the_same(capsys, scratch, text):
+    model = runs.tiny("llama", scratch / "tiny", hidden_size=192, intermediate_size=256, head_dim=32)
+    ran = runs.command(capsys, "quantize", model, "-o", scratch / "out.gguf", *SHORT, "--calibration", text, "--json",
+                       "--format", "gguf", "--target-bits", 5.5, "--sensitivity", "rel-output")  # fmt: skip
+    assert ran.code == 0, ran.err
+    said = ran.document
+    assert (scratch / "out.gguf").stat().st_size == said["output"]["bytes"] and said["output"]["bits"] <= 5.5
+    assert said["reading"]["reader"] == "llama.cpp" and said["reading"]["kl"] < 0.05
+    again = runs.command(capsys, "quantize", model, "-o", scratch / "out.gguf", *SHORT, "--calibration", text, "--json",
+                         "--format", "gguf", "--target-bits", 5.5, "--sensitivity", "rel-output")  # fmt: skip
+    assert again.document["output"]["unchanged"]
