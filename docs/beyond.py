@@ -13,7 +13,7 @@ from pathlib import Path
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
-LINK = re.compile(r"(!?)\[((?:[^\[\]]|`[^`]*`)*)\]\(([^()\s]+)\)")
+LINK = re.compile(r"(!?)\[([^\[\]]*)\]\(([^()\s]+)\)")
 CODE = re.compile(r"(^```.*?^```|^    .*?$|`[^`\n]+`)", re.MULTILINE | re.DOTALL)
 BEYOND = "beyond"
 SHOWN = {".md", ".svg", ".png"}

@@ -3,14 +3,12 @@
     python docs/generate.py            # write docs/reference/*.md and docs/decisions/index.md
     python docs/generate.py --check    # exit 1 when one of them is stale
 
-Pages come from the Typer applications, the records of the methods, the JSON Schema of recipes, and the error codes in the source.
+Pages come from the Typer applications, the records of the methods, the JSON Schema of recipes, and the pages of `surgeon explain`.
 """
 
 from __future__ import annotations
 
-import ast
 import inspect
-import re
 import sys
 import typing
 from collections.abc import Callable, Iterator
@@ -299,82 +297,31 @@ def _bounds(schema: dict[str, Any]) -> str:
 
 # ---- errors ------------------------------------------------------------------------------------------
 
-_CLASSES = {
-    "UsageError": "command line or recipe (exit 2)",
-    "InputError": "checkpoints (exit 3)",
-    "CheckFailed": "checks and gates (exit 4)",
-    "EnvironmentFault": "environment (exit 5)",
-    "OutputConflict": "output (exit 6)",
-    "Interrupted": "interrupted (exit 130, 143)",
-}
-
 
 def errors() -> str:
-    """Return the page of every error code: those that are explained, then what the others say."""
-    explained, parts, raised = set(), [], sorted(_raised().items(), key=lambda item: item[0][1])
-    for path in sorted((ROOT / "surgeon" / "explanations").glob("*.md")):
-        text = path.read_text()
-        explained |= set(re.findall(r"^## (E\d{3,4})\b", text, re.MULTILINE))
-        parts.append(_explained(text))
-    rest = []
-    for name, title in _CLASSES.items():
-        rows = [
-            [f"`{code}`", "; ".join(sorted(messages)[:3])]
-            for (owner, code), messages in raised
-            if owner == name and code not in explained
-        ]
-        if rows:
-            rest += [f"### {title[0].upper()}{title[1:]}", _table(["code", "says"], rows)]
-    return _page(
-        "Errors",
-        "Every refusal has a stable code, one sentence, the place, and what to do.",
-        *parts,
-        *(["## Further codes", "`...` stands for what was given.", *rest] if rest else []),
-    )
+    """Return the page of every error code: what `surgeon explain` shows, in one place."""
+    from surgeon.explanations import groups
+
+    parts = [
+        "Every refusal has a stable code, one sentence, the place, and what to do. `surgeon explain E305` shows one of these."
+    ]
+    for group in groups():
+        parts += [f"## {group.title}", group.summary]
+        for page in group.pages:
+            exits = " or ".join(map(str, page.exits))
+            parts += [
+                f"### {page.code} {page.title}",
+                f"{_prose(page.meaning)} Exit code {exits}.",
+                f"**When.** {_prose(page.when)}",
+                f"**Fix.** {_prose(page.fix)}",
+                "\n".join(f"    {line}" for line in page.example),
+            ]
+    return _page("Errors", *parts)
 
 
-def _explained(text: str) -> str:
-    """Return a file of explanations as Markdown: headings one level down, paragraphs apart, examples as code."""
-    lines: list[str] = []
-    for line in filter(None, text.splitlines()):
-        heading, code = line.startswith("#"), line.startswith("    ")
-        before = lines[-1] if lines else ""
-        if lines and before and not (code and before.startswith("    ")):
-            lines.append("")
-        label = re.match(r"(When|Fix): ", line)
-        lines.append(f"#{line}" if heading else f"**{label[1]}.** {line[label.end() :]}" if label else line)
-    return "\n".join(lines)
-
-
-def _raised() -> dict[tuple[str, str], set[str]]:
-    """Return (class, code) -> messages, from every place in the source that makes a refusal."""
-    found: dict[tuple[str, str], set[str]] = {}
-    for path in sorted((ROOT / "surgeon").rglob("*.py")):
-        text = path.read_text()
-        if re.search(r'"E\d{3,4}"', text) is None:
-            continue
-        for node in ast.walk(ast.parse(text)):
-            if not isinstance(node, ast.Call) or len(node.args) < 2:
-                continue
-            name, code = getattr(node.func, "id", None), node.args[0]
-            if name not in _CLASSES or not isinstance(code, ast.Constant):
-                continue
-            if not re.fullmatch(r"E\d{3,4}", str(code.value)):
-                continue
-            message = _template(node.args[1])
-            found.setdefault((name, str(code.value)), set()).update([message] if message else [])
-    return found
-
-
-def _template(node: ast.expr) -> str:
-    """Return a message with `...` where a value is put in; "" where it is not written at that place."""
-    if isinstance(node, ast.Constant):
-        return str(node.value)
-    if isinstance(node, ast.JoinedStr):
-        return "".join(str(one.value) if isinstance(one, ast.Constant) else "..." for one in node.values)
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-        return _template(node.left) + _template(node.right)
-    return ""
+def _prose(text: str) -> str:
+    """Return text in which nothing is taken for HTML."""
+    return text.replace("<", "&lt;")
 
 
 # ---- decisions ---------------------------------------------------------------------------------------

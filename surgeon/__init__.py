@@ -18,6 +18,7 @@ _PUBLIC = {
     "quantize": "surgeon.api",
     "measure": "surgeon.api",
     "export": "surgeon.api",
+    "push": "surgeon.deploy.push",
     "run": "surgeon.pipeline.run",
     "SurgeonError": "surgeon.errors",
 }

@@ -664,7 +664,9 @@ def verify(
         _compare_masked(found, masked, other, threads=threads, memory_limit=memory_limit)
         other = None
     elif against is not None:
-        result = diff(model, against, values=True, anatomy=False, dequantize=True, offline=offline, threads=threads)
+        result = diff(
+            model, against, values=True, anatomy=False, dequantize=True, offline=offline, threads=threads
+        )
         unequal = [n for n, v in (result.values or {}).items() if v.changed]
         found.against = {
             "compared": len(result.values or {}), "equal": len(result.values or {}) - len(unequal),

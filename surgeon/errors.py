@@ -9,8 +9,9 @@
     └── Interrupted       130    stopped by a signal; resumable
 
 Anything that is not a SurgeonError is a bug of this program (exit 1). The command
-line renders these; the library only raises them. Codes are stable: E2xx usage,
-E3xx input, E4xx checks, E5xx environment, E6xx output.
+line renders these; the library only raises them. Codes are stable, of three or four digits: E2
+usage, E3 input, E4 checks and inputs that a method finds unfit while it works, E5 environment,
+E6 output. `surgeon explain E303` shows the page of one.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "surgeon"
 
 # From the bottom up. A module may import from its own level and from every level below.
 LEVELS = [
-    {"errors", "seeds", "scalars", "system", "callable_package", "__init__"},
+    {"errors", "explanations", "seeds", "scalars", "system", "callable_package", "__init__"},
     {"checkpoint"},
     {"kernels", "architectures", "data", "search"},
     {"traits"},

@@ -169,6 +169,7 @@ class Architecture:
                 "E340",
                 f"config.json has no {self.section}, which describes the language model",
                 where=Where(file="config.json"),
+                help="fetch config.json again",
             )
         names = config.get("architectures")
         whole = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
@@ -188,6 +189,7 @@ class Architecture:
                 "E340",
                 f"config.json sets {self.layer_keys[0]} to {count}, more than any model has",
                 where=Where(file="config.json"),
+                help="fetch config.json again",
             )
         return count
 

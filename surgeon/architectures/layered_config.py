@@ -171,6 +171,7 @@ def relayer_config(config: Config, source_layers: Sequence[int]) -> dict[str, An
             "E341",
             "is_encoder_decoder is true, and the layers of two stacks cannot be chosen by one list",
             where=Where(file="config.json"),
+            help="list models: instead of slices:",
         )
     attended = [_attends(section) for section in sections]
     for section, before in zip(sections, attended, strict=True):

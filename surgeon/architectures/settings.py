@@ -76,6 +76,7 @@ class Settings:
                 "E340",
                 f"config.json sets {self.named(*keys)} to {value!r}, which is neither true nor false",
                 where=Where(file="config.json"),
+                help="fetch config.json again",
             )
         return bool(value)
 
@@ -89,6 +90,7 @@ class Settings:
                 "E340",
                 f"config.json sets {key} to {value!r}, which is not a list of whole numbers",
                 where=Where(file="config.json"),
+                help="fetch config.json again",
             )
         return tuple(value)
 

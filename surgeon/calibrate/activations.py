@@ -112,7 +112,10 @@ class InFile:
             count = os.preadv(self._descriptor, [view[done:]], offset + done)
             if count == 0:
                 raise EnvironmentFault(
-                    "E506", "the file of activations became shorter", where=Where(str(self.path))
+                    "E506",
+                    "the file of activations became shorter",
+                    where=Where(str(self.path)),
+                    help="something else changed it; run again",
                 )
             done += count
         return raw.view(self._dtype).reshape(self._shapes[batch])

@@ -29,7 +29,7 @@ def answer_places(sample: TokenSample) -> slice:
 def check_answers(samples: Sequence[TokenSample]) -> None:
     """Raise E387 for a sample in which no token is predicted."""
     if not samples:
-        raise InputError("E385", "there are no samples to measure gradients on")
+        raise InputError("E385", "there are no samples to measure gradients on", help="give calibration text")
     for sample in samples:
         if len(sample.ids) - max(sample.answer_start, 1) < 1:
             raise InputError(

@@ -220,7 +220,9 @@ def _read(source: Source, answer: str, split: str | None, offline: bool) -> list
         return [(None, shipped_records(answer))]
     pairs = [(None, os.fspath(source))] if isinstance(source, (str, os.PathLike)) else list(source)
     if not pairs:
-        raise UsageError("E222", "no calibration source is given")
+        raise UsageError(
+            "E222", "no calibration source is given", help="give a file, a folder or a dataset id"
+        )
     return [(domain, read_records(text, split=split, offline=offline)) for domain, text in pairs]
 
 

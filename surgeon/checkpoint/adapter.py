@@ -121,7 +121,7 @@ class AdapterView:
                 findings.append(error)
         raise_all(findings)
         if not self._low and not self._replaced:
-            raise InputError("E338", f"{folder} changes no tensor", where=where)
+            raise InputError("E338", f"{folder} changes no tensor", where=where, help="use the base alone")
 
     def _plain_target(self, name: str) -> str | None:
         plain = name.removeprefix("base_model.model.").replace(".modules_to_save.default", "").replace(
@@ -148,7 +148,10 @@ class AdapterView:
         first, second = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
         if first not in parts or second not in parts:
             return InputError(
-                "E338", f"the adapter's part for {printable(module)} is incomplete", where=where
+                "E338",
+                f"the adapter's part for {printable(module)} is incomplete",
+                where=where,
+                help="fetch the adapter again",
             )
         a, b = _read_all(stored, parts[first]), _read_all(stored, parts[second])
         if embedding:  # stored as A [r, vocabulary], B [hidden, r]; the weight is [vocabulary, hidden]
@@ -179,7 +182,10 @@ class AdapterView:
         if config.get("use_dora"):
             if "lora_magnitude_vector" not in parts:
                 return InputError(
-                    "E338", f"the DoRA magnitude of {printable(module)} is missing", where=where
+                    "E338",
+                    f"the DoRA magnitude of {printable(module)} is missing",
+                    where=where,
+                    help="the adapter is incomplete; fetch it again",
                 )
             if transposed or embedding:
                 return InputError("E338", f"DoRA on {printable(module)} (embedding or Conv1D) is not supported", where=where,

@@ -175,6 +175,7 @@ class StoredCheckpoint:
                 "E307",
                 f"{info.dtype} values cannot be read one by one",
                 where=Where(str(info.file), tensor=printable(name)),
+                help="use the checkpoint it was quantized from",
             )
         out = np.empty(stop - start, dtype=carrier)
         if out.nbytes:

@@ -283,7 +283,9 @@ def copy_companion(companion: Companion, destination: Path) -> str:
         try:
             target = os.open(destination, flags, 0o644)
         except FileExistsError as error:
-            raise EnvironmentFault("E503", f"{destination} exists already") from error
+            raise EnvironmentFault(
+                "E503", f"{destination} exists already", help="choose another -o"
+            ) from error
         with os.fdopen(target, "wb") as out:
             done = 0
             while piece := os.read(source, 1 << 20):
@@ -366,7 +368,10 @@ def token_ids(document: dict[str, Any], key: str, *, file: str) -> tuple[int, ..
     values = value if isinstance(value, list) else [value]
     if any(isinstance(v, bool) or not isinstance(v, int) for v in values):
         raise InputError(
-            "E337", f"{key} in {file} is {printable(repr(value))[:80]}, not a token id", where=Where(file)
+            "E337",
+            f"{key} in {file} is {printable(repr(value))[:80]}, not a token id",
+            where=Where(file),
+            help="token ids are whole numbers from 0 up",
         )
     return tuple(values)
 
@@ -443,7 +448,10 @@ def _template_text(path: Path, roots: Sequence[Path] | None = None) -> str:
         return read_bytes(path, MAX_TEMPLATE_BYTES).decode("utf-8")
     except UnicodeDecodeError as error:
         raise InputError(
-            "E308", f"{printable(path.name)} is not UTF-8 (byte {error.start})", where=Where(str(path))
+            "E308",
+            f"{printable(path.name)} is not UTF-8 (byte {error.start})",
+            where=Where(str(path)),
+            help="the file is damaged; fetch it again",
         ) from None
 
 
@@ -452,7 +460,9 @@ def _walk(folder: Path, prefix: str, depth: int, roots: Sequence[Path], left_out
         with os.scandir(folder) as found:
             entries = sorted(found, key=lambda e: e.name)
     except PermissionError as error:
-        raise EnvironmentFault("E502", f"cannot read {folder}: permission denied") from error
+        raise EnvironmentFault(
+            "E502", f"cannot read {folder}: permission denied", help="ls -ld shows its owner and mode"
+        ) from error
     for entry in entries:
         name = prefix + entry.name
         path = Path(entry.path)

@@ -95,11 +95,20 @@ def open_regular(path: Path) -> int:
                 where=Where(str(path)),
                 help="fetch the model again; its cache entry is incomplete",
             ) from None
-        raise InputError("E301", f"no such file: {path}", where=Where(str(path))) from None
+        raise InputError(
+            "E301", f"no such file: {path}", where=Where(str(path)), help="check the spelling"
+        ) from None
     except PermissionError as error:
-        raise EnvironmentFault("E502", f"cannot read {path}: permission denied") from error
+        raise EnvironmentFault(
+            "E502", f"cannot read {path}: permission denied", help="ls -l shows its owner and mode"
+        ) from error
     except OSError as error:
-        raise InputError("E306", f"cannot open {path}: {error.strerror}", where=Where(str(path))) from error
+        raise InputError(
+            "E306",
+            f"cannot open {path}: {error.strerror}",
+            where=Where(str(path)),
+            help="only regular files (or links to them) are read",
+        ) from error
     if not stat.S_ISREG(info.st_mode):
         kind = "a folder" if stat.S_ISDIR(info.st_mode) else "a special file"
         raise InputError(
@@ -111,7 +120,9 @@ def open_regular(path: Path) -> int:
     try:
         return os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
     except PermissionError as error:
-        raise EnvironmentFault("E502", f"cannot read {path}: permission denied") from error
+        raise EnvironmentFault(
+            "E502", f"cannot read {path}: permission denied", help="ls -l shows its owner and mode"
+        ) from error
 
 
 def stamp_of(descriptor: int) -> FileStamp:

@@ -173,7 +173,12 @@ def _from_index(
     content = read_json_object(index)
     weight_map = content.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError("E309", f"{index.name} has no weight_map", where=Where(str(index)))
+        raise InputError(
+            "E309",
+            f"{index.name} has no weight_map",
+            where=Where(str(index)),
+            help="the index is damaged; fetch it again",
+        )
     bad = sorted({repr(v) for v in weight_map.values() if not plain_file_name(v)})
     if bad:
         raise InputError(

@@ -15,7 +15,11 @@ def matches(pattern: str, name: str) -> bool:
         try:
             return re.fullmatch(pattern[3:], name) is not None
         except re.error as error:
-            raise UsageError("E218", f"{pattern} is not a regular expression: {error}") from None
+            raise UsageError(
+                "E218",
+                f"{pattern} is not a regular expression: {error}",
+                help="after re: stands a regular expression; without it a name or a glob such as *.bias",
+            ) from None
     return name == pattern or fnmatch.fnmatchcase(name, pattern)
 
 

@@ -29,11 +29,19 @@ def pickle_files(folder: Path) -> list[Path]:
         shards = read_json_object(folder / INDEX).get("weight_map", {})
         names = sorted({str(v) for v in shards.values()})
         if not names or not all(plain_file_name(n) for n in names):
-            raise InputError("E309", f"{INDEX} points outside its folder", where=Where(str(folder / INDEX)))
+            raise InputError(
+                "E309",
+                f"{INDEX} points outside its folder",
+                where=Where(str(folder / INDEX)),
+                help="fetch the model again, from a source you trust",
+            )
         missing = [n for n in names if not (folder / n).exists()]
         if missing:
             raise InputError(
-                "E302", f"{folder} is incomplete: {', '.join(missing[:3])} missing", where=Where(str(folder))
+                "E302",
+                f"{folder} is incomplete: {', '.join(missing[:3])} missing",
+                where=Where(str(folder)),
+                help="fetch the missing files again",
             )
         return [folder / n for n in names]
     return [folder / SINGLE] if (folder / SINGLE).exists() else []
@@ -75,13 +83,16 @@ class PickledCheckpoint:
                 ) from None  # fmt: skip
             if not isinstance(content, dict):
                 raise InputError(
-                    "E331", f"{path.name} holds no dictionary of tensors", where=Where(str(path))
+                    "E331",
+                    f"{path.name} holds no dictionary of tensors",
+                    where=Where(str(path)),
+                    help="give the file of a model's weights (a state dict)",
                 )
             headers.append(Header(path, {}, {}, 0, stamp, digest))
             for name, value in content.items():
                 if not isinstance(name, str) or not isinstance(value, torch.Tensor):
                     raise InputError("E331", f"{path.name} holds {printable(str(name))[:60]}, which is no tensor",
-                                     where=Where(str(path)))  # fmt: skip
+                                     where=Where(str(path)), help="save the state dict alone")  # fmt: skip
                 self._add(path, name, value)
         self.headers = tuple(headers)
 
@@ -92,7 +103,12 @@ class PickledCheckpoint:
             raise InputError("E307", f"{path.name}: {printable(name)} has type {value.dtype}, which is not supported",
                              where=Where(str(path), tensor=printable(name)))  # fmt: skip
         if name in self.tensors:
-            raise InputError("E309", f'two files hold "{printable(name)}"', where=Where(str(path)))
+            raise InputError(
+                "E309",
+                f'two files hold "{printable(name)}"',
+                where=Where(str(path)),
+                help="files of two versions are mixed; fetch the model again",
+            )
         nbytes = value.numel() * DTYPES[code].bits // 8
         self.tensors[name] = TensorInfo(name, code, tuple(value.shape), path, 0, nbytes)
         self._values[name] = value.detach()

@@ -70,7 +70,7 @@ def locate(
     """
     label = path + (f"@{revision}" if revision else "")
     if not path:
-        raise UsageError("E204", "an empty model reference")
+        raise UsageError("E204", "an empty model reference", help="give a path, or a hub id such as org/name")
     if looks_local(path):
         local = Path(os.path.expanduser(path))
         if not local.exists() and not local.is_symlink():

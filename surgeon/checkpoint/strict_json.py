@@ -21,7 +21,10 @@ def read_bytes(path: Path, limit: int = MAX_JSON_BYTES) -> bytes:
         size = os.fstat(descriptor).st_size
         if size > limit:
             raise InputError(
-                "E308", f"{path.name} has {size:,} bytes; at most {limit:,} are read", where=Where(str(path))
+                "E308",
+                f"{path.name} has {size:,} bytes; at most {limit:,} are read",
+                where=Where(str(path)),
+                help="no file of its kind is that large; fetch it again",
             )
         with os.fdopen(os.dup(descriptor), "rb") as stream:
             return stream.read(limit + 1)

@@ -13,6 +13,7 @@ COMMANDS = {
     "edit": "Edit weights along a direction: ThinkEdit, projection, baked steering.",
     "quantize": "Quantize by scheme, or to a size, bits or divergence: GPTQ, AWQ; compressed-tensors, auto-round, bitsandbytes, GGUF.",
     "export": "Write another form of a model, GGUF included, or a member of a nested family.",
+    "push": "Upload a finished model to the hub: verified first, then one commit.",
     "run": "Run a recipe: steps with gates, or a mergekit YAML, with or without the key surgeon:.",
     "recipe": "Check, show, list and copy recipes; print their JSON Schema.",
     "eval": "Measure accuracy, answer length, perplexity, KL; compare with a baseline, apply gates.",
@@ -23,6 +24,7 @@ COMMANDS = {
     "verify": "Check a model: structure, config, index, hashes, values; load it in stock transformers.",
     "methods": "List methods, or show one method's page.",
     "doctor": "Report on this machine, and what can be done with a model here.",
+    "explain": "Explain an error code; without one, list all by subject.",
     "clean": "List or remove what interrupted runs left behind.",
 }
 """Command -> one line. The module `surgeon.cli.<name>` holds a function of the same name."""

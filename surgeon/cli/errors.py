@@ -63,11 +63,11 @@ _OF_PACKAGES = ("E324", "E360", "E364", "E380", "E392", "E512")
 """Codes that a package which is missing or older than needed can be the reason of."""
 
 
-def package_faults(error: SurgeonError) -> list[str]:
+def package_faults(message: str) -> list[str]:
     """Say which packages are too old, and of those that the message names, which are missing (fault H7)."""
     from surgeon.cli.doctor import packages
 
-    named = set(re.findall(r"[\w-]+", error.message))
+    named = set(re.findall(r"[\w-]+", message))
     return [
         f"{row['name']} {row['found'] or 'is missing'}: {row['needed']} or newer is needed"
         for row in packages()
@@ -77,7 +77,9 @@ def package_faults(error: SurgeonError) -> list[str]:
 
 def _failed(out: Output, command: str, error: SurgeonError, status: str) -> int:
     if error.code in _OF_PACKAGES:
-        error.help = "; ".join([*([error.help] if error.help else []), *package_faults(error)]) or None
+        error.help = (
+            "; ".join([*([error.help] if error.help else []), *package_faults(error.message)]) or None
+        )
     if out.json_mode:
         out.document(
             {
@@ -99,11 +101,7 @@ def _bug(out: Output, command: str, bug: Exception) -> int:
         traceback.print_exception(bug, file=stream)
     message = f"a bug in surgeon: {type(bug).__name__}: {bug}"
     help = f"the traceback is in {path}; please report it with the command you ran"
-    faults = (
-        package_faults(SurgeonError("E001", message))
-        if isinstance(bug, (ImportError, AttributeError, TypeError))
-        else []
-    )
+    faults = package_faults(message) if isinstance(bug, (ImportError, AttributeError, TypeError)) else []
     help = "; ".join([*faults, help])
     if out.json_mode:
         out.document(

@@ -93,6 +93,6 @@ def assignments(texts: list[str] | None, option: str) -> dict[str, Any]:
         if not sign or not name.strip():
             raise UsageError("E209", f'{option} is "{text}"', help="NAME=VALUE")
         if name.strip() in found:
-            raise UsageError("E209", f"{option} sets {name.strip()} twice")
+            raise UsageError("E209", f"{option} sets {name.strip()} twice", help="give it once")
         found[name.strip()] = value.split(",") if "," in value else value
     return found

@@ -71,7 +71,10 @@ def quantize(
     ] = None,
     sensitivity: Annotated[
         str,
-        typer.Option("--sensitivity", help="Of targets: fisher, rel-output, kl or weight [fisher where it can be run, else rel-output]."),
+        typer.Option(
+            "--sensitivity",
+            help="Of targets: fisher, rel-output, kl or weight [fisher where it can be run, else rel-output].",
+        ),
     ] = "auto",
     sensitivities: Annotated[
         str | None,

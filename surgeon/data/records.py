@@ -103,7 +103,7 @@ def parse_sources(texts: Iterable[str]) -> list[tuple[str | None, str]]:
             )
         entry = (name.strip() or None, source.strip())
         if entry in found:
-            raise UsageError("E222", f'"{printable(text)}" is given twice')
+            raise UsageError("E222", f'"{printable(text)}" is given twice', help="give each source once")
         found.append(entry)
     return found
 
@@ -140,7 +140,11 @@ def read_records(
     name, _, rest = source.partition(":")
     config, _, named_split = rest.partition(":")
     if named_split and split and split != named_split:
-        raise UsageError("E222", f'{source} names the split "{named_split}", and split is "{split}"')
+        raise UsageError(
+            "E222",
+            f'{source} names the split "{named_split}", and split is "{split}"',
+            help="say the split in one place",
+        )
     return read_dataset(name, config or None, split or named_split or None, offline, limit_bytes)
 
 
@@ -271,7 +275,9 @@ def _folder(folder: Path, split: str | None, limit: int) -> Records:
     except PermissionError:
         from surgeon.errors import EnvironmentFault
 
-        raise EnvironmentFault("E502", f"cannot read {folder}: permission denied") from None
+        raise EnvironmentFault(
+            "E502", f"cannot read {folder}: permission denied", help="ls -ld shows its owner and mode"
+        ) from None
     names = {p.name for p in entries}
     if "dataset_dict.json" in names or {"dataset_info.json", "state.json"} <= names:
         from surgeon.data.tables import read_saved

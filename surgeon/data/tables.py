@@ -204,7 +204,9 @@ def _records(table: Any, label: str, split: str | None, limit: int) -> Records:
         _check_size(label, size, limit, None)
         records.append(Record(row, number, label))
     if not records:
-        raise InputError("E372", f"{printable(label)} has no records")
+        raise InputError(
+            "E372", f"{printable(label)} has no records", help="name another split, or another data set"
+        )
     notes = (f'{label}: split "{split}"',) if split else ()
     return Records(tuple(records), label, digest.hexdigest(), "dataset", notes)
 

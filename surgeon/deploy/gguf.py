@@ -254,7 +254,10 @@ def _fill(
         disk.sync(descriptor)
     except OSError as error:
         raise EnvironmentFault(
-            "E505", f"cannot write {printable(path.name)}: {error.strerror or error}", where=Where(str(path))
+            "E505",
+            f"cannot write {printable(path.name)}: {error.strerror or error}",
+            where=Where(str(path)),
+            help="free disk space, or choose another -o",
         ) from error
     finally:
         os.close(descriptor)

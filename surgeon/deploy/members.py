@@ -268,7 +268,11 @@ def check_nested(members: Sequence[Member], structure: Structure) -> None:
     """Refuse members that do not lie inside one another, from the largest down."""
     names = [member.name for member in members]
     if len(set(names)) != len(names):
-        raise UsageError("E289", "two members of the family have one name")
+        raise UsageError(
+            "E289",
+            "two members of the family have one name",
+            help="make the family again, with targets that lie further apart",
+        )
     units = [_units(member.cut(structure), structure) for member in members]
     ranked = sorted(range(len(members)), key=lambda number: -len(units[number]))
     for larger, smaller in itertools.pairwise(ranked):
@@ -305,7 +309,11 @@ def _inputs(part: Attention | Ffn) -> Section:
 def _permutation(order: Sequence[int] | None, count: int, what: str) -> np.ndarray:
     found = np.arange(count) if order is None else np.asarray(order, dtype=np.int64)
     if not np.array_equal(np.sort(found), np.arange(count)):
-        raise UsageError("E289", f"the order of the {what} does not name each of 0 to {count - 1} once")
+        raise UsageError(
+            "E289",
+            f"the order of the {what} does not name each of 0 to {count - 1} once",
+            help="make the family again",
+        )
     return found
 
 

@@ -209,7 +209,11 @@ def parse_scales(texts: Iterable[str]) -> dict[Place, float]:
         check_factor(factor, "--scale-experts")
         place = (int(match[1]), int(match[2]))
         if place in found:
-            raise UsageError("E247", f"--scale-experts names expert {place[1]} of layer {place[0]} twice")
+            raise UsageError(
+                "E247",
+                f"--scale-experts names expert {place[1]} of layer {place[0]} twice",
+                help="give each expert one factor",
+            )
         found[place] = factor
     if not found:
         raise UsageError("E247", "--scale-experts names no expert", help="LAYER:EXPERT=FACTOR")

@@ -103,7 +103,7 @@ def parse_heads(texts: Iterable[str]) -> list[Head]:
             raise UsageError("E297", f'"{text}" is not a head', help="LAYER:HEAD, from 0: --heads 3:1,5:0")
         entry = Head(int(layer), int(head))
         if entry in found:
-            raise UsageError("E297", f"head {entry} is given twice")
+            raise UsageError("E297", f"head {entry} is given twice", help="name each head once")
         found.append(entry)
     return found
 

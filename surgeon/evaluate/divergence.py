@@ -47,7 +47,12 @@ def check_vocabularies(model: Described, reference: Described) -> None:
     """Refuse models whose tokens differ: their predictions cannot be compared (E396)."""
     for described in (model, reference):
         if not has_tokenizer(described.path):
-            raise InputError("E375", f"{described.name} has no tokenizer", where=Where(str(described.path)))
+            raise InputError(
+                "E375",
+                f"{described.name} has no tokenizer",
+                where=Where(str(described.path)),
+                help="copy tokenizer.json and tokenizer_config.json of the model into it",
+            )
     ours, theirs = read_vocabulary(model.path), read_vocabulary(reference.path)
     if ours.tokens == theirs.tokens:
         return

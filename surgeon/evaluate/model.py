@@ -207,7 +207,7 @@ class Loaded:
         else:
             ids = tokenizer("\n\n".join(m["content"] for m in chat))["input_ids"]
         if not ids:
-            raise InputError("E393", "the question has no tokens", where=where)
+            raise InputError("E393", "the question has no tokens", where=where, help="leave the record out")
         if self.context and len(ids) >= self.context:
             raise InputError("E393", f"the question has {len(ids):,} tokens, the model takes {self.context:,} in all", where=where,
                              help="leave it out, or evaluate a model with a longer context")  # fmt: skip

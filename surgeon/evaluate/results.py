@@ -143,7 +143,9 @@ def save(document: dict[str, Any], request: EvalRequest) -> None:
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except OSError as error:
-        raise EnvironmentFault("E502", f"cannot write {printable(str(path))}: {error.strerror}") from error
+        raise EnvironmentFault(
+            "E502", f"cannot write {printable(str(path))}: {error.strerror}", help="choose another file"
+        ) from error
     if not request.samples_out:
         for role in ("", "baseline"):
             kept = request.reply_file(role)

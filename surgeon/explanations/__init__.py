@@ -23,7 +23,7 @@ from surgeon.errors import UsageError
 
 GROUPS = (
     "program", "command-line", "recipes", "checkpoints", "merging", "data", "running", "pruning", "experts", "training",
-    "editing", "quantizing", "exporting", "measuring", "evaluation", "reports", "verification", "environment", "output",
+    "editing", "quantizing", "exporting", "hub", "measuring", "evaluation", "reports", "verification", "environment", "output",
 )  # fmt: skip
 """The files, in the order in which they are listed."""
 

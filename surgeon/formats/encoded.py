@@ -94,7 +94,9 @@ def plain_dtype(checkpoint: Checkpoint, scales: str) -> str:
     if held != "F32":
         return "F16" if held == "F16" else "BF16"
     config = checkpoint.config or {}
-    said = {section.get(key) for section in (config, text_section(config)) for key in ("dtype", "torch_dtype")}
+    said = {
+        section.get(key) for section in (config, text_section(config)) for key in ("dtype", "torch_dtype")
+    }
     return "F32" if said - {None} == {"float32"} else "BF16"
 
 

@@ -29,4 +29,6 @@ def write_json(content: dict[str, Any], path: Path) -> None:
         os.chmod(temporary, 0o666 & ~mask)
         os.replace(temporary, path)
     except OSError as error:
-        raise EnvironmentFault("E502", f"cannot write {printable(str(path))}: {error.strerror}") from error
+        raise EnvironmentFault(
+            "E502", f"cannot write {printable(str(path))}: {error.strerror}", help="choose another file"
+        ) from error

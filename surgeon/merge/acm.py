@@ -47,9 +47,9 @@ def strengths(information: Mapping[str, np.ndarray], theta: float = THETA) -> di
     for place, values in information.items():
         if not values.size or not np.isfinite(values).all():
             raise InputError("E356", f"acm: the mutual information of {printable(place)} is not a finite number",
-                             where=Where(tensor=printable(place)))  # fmt: skip
+                             where=Where(tensor=printable(place)), help="give more calibration text; surgeon verify checks the models")  # fmt: skip
     if not information:
-        raise InputError("E356", "acm: no layer was measured")
+        raise InputError("E356", "acm: no layer was measured", help="give longer or more calibration text")
     largest = max(float(values.max()) for values in information.values())
     found = {}
     for place, values in information.items():

@@ -162,7 +162,9 @@ def fill_rows(plan: VocabularyPlan, models: Sequence[str] | None = None) -> Fill
             default_owner[row], default_source[row] = keys.index(override.source[0]), override.source[1]
         elif override.strict:
             raise UsageError(
-                "E241", f"row {row} is to come from {override.source[0]}, which has no part in this tensor"
+                "E241",
+                f"row {row} is to come from {override.source[0]}, which has no part in this tensor",
+                help="name one of the models that are merged",
             )
         else:
             continue

@@ -99,7 +99,11 @@ def choose_template(
     if setting in BUILT_IN:
         return BUILT_IN[setting]
     if len(setting) > MAX_LITERAL:
-        raise UsageError("E242", f"a chat template of {len(setting):,} characters is too long")
+        raise UsageError(
+            "E242",
+            f"a chat template of {len(setting):,} characters is too long",
+            help="give a file with Jinja text",
+        )
     if len(setting) >= 20 and "{" in setting:
         return setting
     shown = setting if len(setting) <= 40 else setting[:40] + "..."

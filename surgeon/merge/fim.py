@@ -342,7 +342,7 @@ def _vocabulary(base: Checkpoint) -> int:
     size = config.get("vocab_size")
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise InputError("E358", f"{base.label} does not say its vocab_size, so no random tokens can be drawn",
-                         where=Where(file="config.json"))  # fmt: skip
+                         where=Where(file="config.json"), help="add vocab_size to config.json, or give --calibration")  # fmt: skip
     return size
 
 

@@ -51,7 +51,11 @@ def merge_states(
     """
     for option in NOT_HERE:
         if getattr(request, option) is not None:
-            raise UsageError("E208", f"{option} needs model folders; state dicts are weights only")
+            raise UsageError(
+                "E208",
+                f"{option} needs model folders; state dicts are weights only",
+                help="save the state dicts with config.json and tokenizer first",
+            )
     resolved = resolve(request)
     needs = resolved.spec.adjust.measured
     if needs:

@@ -370,7 +370,11 @@ def _ranges(spec, piece, number, opened, stack, findings) -> dict[ModelRef, tupl
             )  # fmt: skip
             continue
         if source.model in ranges:
-            findings.errors.append(UsageError("E206", f"{label} is listed twice in one slice", where=where))
+            findings.errors.append(
+                UsageError(
+                    "E206", f"{label} is listed twice in one slice", where=where, help="list each model once"
+                )
+            )
         ranges[source.model] = (start, stop)
     lengths = {stop - start for start, stop in ranges.values()}
     if len(lengths) > 1:
@@ -701,7 +705,9 @@ class _Builder:
         item = self._tasks(name, code, reference, refs, {r: infos[r].name for r in refs}, operation)
         if groups - {"tensor"}:
             if len(groups) > 1:
-                raise UsageError("E213", "scope cannot differ within one run")
+                raise UsageError(
+                    "E213", "scope cannot differ within one run", help="set it once, without a filter"
+                )
             scope = groups.pop()
             place = layer_of(name)
             key = (

@@ -51,7 +51,12 @@ def parse_model_ref(text: str, *, where: Where | None = None) -> ModelRef:
     if adapter.startswith("hf://"):
         adapter, adapter_revision, folder = _hub_address(adapter, where)
         if folder:
-            raise UsageError("E204", f"an adapter cannot lie in a subfolder: {show(text)}", where=where)
+            raise UsageError(
+                "E204",
+                f"an adapter cannot lie in a subfolder: {show(text)}",
+                where=where,
+                help="give the adapter's own folder: BASE+./adapter",
+            )
     else:
         adapter, adapter_revision = _split(adapter, "@", "revision", where)
     return ModelRef(path, revision, adapter, adapter_revision, subfolder)
@@ -68,7 +73,10 @@ def expand_variables(text: str, environment: Mapping[str, str], *, where: Where 
         name = match[1]
         if not _VARIABLE_NAME.fullmatch(name):
             raise UsageError(
-                "E259", f"{show(match[0])} is not a variable; only ${{NAME}} is known", where=where
+                "E259",
+                f"{show(match[0])} is not a variable; only ${{NAME}} is known",
+                where=where,
+                help="write ${NAME}, or the path itself",
             )
         if name not in environment:
             raise UsageError(

@@ -327,10 +327,14 @@ def sweep_points(request: MergeRequest, method: Method, adjust: Adjustments) -> 
         if name not in method.table:
             raise unknown_parameter(name, method)
         if method.table[name].kind not in {"float", "int"}:
-            raise UsageError("E215", f"--sweep {name}: only numbers can be swept")
+            raise UsageError(
+                "E215", f"--sweep {name}: only numbers can be swept", help="run once for each value"
+            )
         axes.append((name, _span(text, span)))
     if len({name for name, _ in axes}) != len(axes):
-        raise UsageError("E215", "--sweep names one parameter twice")
+        raise UsageError(
+            "E215", "--sweep names one parameter twice", help="give all values of a parameter in one --sweep"
+        )
     points: dict[str, dict[str, float]] = {}
     if axes:
         points[""] = {}

@@ -214,7 +214,9 @@ def _plan_truncated(
 ) -> VocabularyPlan:
     if spec.tokens or spec.pad_to_multiple_of:
         raise UsageError(
-            "E241", 'the tokenizer source "truncate" takes neither tokens nor pad_to_multiple_of'
+            "E241",
+            'the tokenizer source "truncate" takes neither tokens nor pad_to_multiple_of',
+            help="use base or union with them",
         )
     merged = [p for p in participants if p.merged]
     rows = min(p.rows for p in merged)
@@ -269,7 +271,11 @@ def _plan_aligned(
         known = p.vocabulary
         if known is None:
             if anchor.vocabulary is None:
-                raise InputError("E335", f"neither {p.label} nor {anchor.label} has a tokenizer")
+                raise InputError(
+                    "E335",
+                    f"neither {p.label} nor {anchor.label} has a tokenizer",
+                    help="copy tokenizer.json into one of the folders",
+                )
             warnings.append(f"{p.label} has no tokenizer; taken to have the tokens of {anchor.label}")
             known = anchor.vocabulary
         vocabularies[p.key] = {t: i for t, i in known.tokens.items() if i < p.rows}

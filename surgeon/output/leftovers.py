@@ -70,7 +70,9 @@ def find(folder: Path) -> tuple[list[Leftover], list[Path]]:
     try:
         entries = sorted(folder.iterdir())
     except OSError as error:
-        raise EnvironmentFault("E502", f"cannot read {folder}: {error.strerror}") from error
+        raise EnvironmentFault(
+            "E502", f"cannot read {folder}: {error.strerror}", help="give another folder"
+        ) from error
     found: dict[Path, list[Leftover]] = {}
     for path in entries:
         match = _NAME.fullmatch(path.name)
@@ -178,6 +180,8 @@ def remove(leftover: Leftover) -> bool:
         Disk().remove_tree(leftover.path)
         return True
     except PermissionError as error:
-        raise EnvironmentFault("E502", f"cannot remove {leftover.path}: permission denied") from error
+        raise EnvironmentFault(
+            "E502", f"cannot remove {leftover.path}: permission denied", help="remove it as its owner"
+        ) from error
     finally:
         lock.release()

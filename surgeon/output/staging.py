@@ -101,7 +101,9 @@ def check_destination(destination: Path, inputs: list[Path], *, overwrite: bool,
         entries = [name for name in found if not name.startswith(HIDDEN)]
     except PermissionError as error:
         raise EnvironmentFault(
-            "E502", f"cannot access {printable(str(destination))}: permission denied"
+            "E502",
+            f"cannot access {printable(str(destination))}: permission denied",
+            help="choose another -o",
         ) from error
     except OSError as error:
         if error.errno in {errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP, errno.EROFS}:

@@ -1,7 +1,7 @@
 """A run of a recipe: its steps, its gates, publication, and the document about it.
 
     OUT        exactly the published model; of a sweep one folder a point
-    OUT.work   steps, results, result.json
+    OUT.work   steps, results, result.json, report.html
 
 Codes: E130 interrupted, E2010 a step that is not there, E401 and E402 gates, E4001 no point of a sweep passes.
 """
@@ -30,6 +30,7 @@ from surgeon.pipeline.verbs import Machine, gguf_asked
 from surgeon.recipe.recipe import Recipe
 
 RESULT = "result.json"
+REPORT = "report.html"
 BEAT = 60.0
 
 
@@ -247,6 +248,7 @@ class Run:
             assert steps.recipe.publish is not None
             steps.made[steps.recipe.publish].path = steps.shelf.destination
         self.published = list(candidates)
+        self._report(self.document())  # while the folders of all steps are there to be read
         if not self.keep:
             self._tidy()
 
@@ -332,7 +334,15 @@ class Run:
         """Keep the document in the work folder."""
         self.work.mkdir(parents=True, exist_ok=True)
         write_json(document, self.work / RESULT)
+        if document["status"] != "ok" or not (self.work / REPORT).exists():
+            self._report(document)
         return document
+
+    def _report(self, document: dict[str, Any]) -> None:
+        """Write the page about the run beside its document."""
+        from surgeon import report
+
+        report.write([document], self.work / REPORT)
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:

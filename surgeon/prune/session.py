@@ -80,7 +80,9 @@ class Session:
         for layer in self.request.protect_layers:
             if not 0 <= layer < found.layers:
                 raise UsageError(
-                    "E267", f"--protect-layers {layer}: the model has layers 0 to {found.layers - 1}"
+                    "E267",
+                    f"--protect-layers {layer}: the model has layers 0 to {found.layers - 1}",
+                    help="count layers from 0",
                 )
         return found
 

@@ -219,7 +219,11 @@ def sensitivities(session: Session, menu: Sequence[Scheme]) -> Sensitivities:
         table = sensitivity_file.load(given, kind=kind)  # type: ignore[arg-type]
         session.say(f"sensitivities from {given.name} ({table.kind}): the model is not run for them")
         return table
-    table = _automatic(session, menu) if request.sensitivity == "auto" else _measured(session, menu, request.sensitivity)
+    table = (
+        _automatic(session, menu)
+        if request.sensitivity == "auto"
+        else _measured(session, menu, request.sensitivity)
+    )
     if given is not None:
         given.parent.mkdir(parents=True, exist_ok=True)
         sensitivity_file.save(given, table)
@@ -231,7 +235,9 @@ def _automatic(session: Session, menu: Sequence[Scheme]) -> Sensitivities:
     reason = "it predicts no next tokens"
     if session.decoder:
         try:
-            session.say("--sensitivity fisher: errors weighted by gradients; rel-output takes an eighth of the time")
+            session.say(
+                "--sensitivity fisher: errors weighted by gradients; rel-output takes an eighth of the time"
+            )
             return _measured(session, menu, "fisher")
         except (InputError, EnvironmentFault) as error:
             if error.code not in NO_GRADIENTS:

@@ -126,7 +126,11 @@ class QuantizedView:
         plain = self._plain.get(name)
         if plain is None:
             return self._files[name].read(name, start, stop)
-        raw, own, code = self.source.read(plain, start, stop), self.source.tensors[plain].dtype, self.tensors[name].dtype
+        raw, own, code = (
+            self.source.read(plain, start, stop),
+            self.source.tensors[plain].dtype,
+            self.tensors[name].dtype,
+        )
         # As it will be written, so that whoever reads the view sees the numbers of the file.
         return raw if own == code else narrow(widen(raw, own), code)
 

@@ -171,7 +171,7 @@ def _model_path(context: Context, path: KeyPath) -> ModelRef | None:
         return None
     revision = context.document.source((*path, "revision"))
     if data.get("revision") is not None and not revision:
-        context.refuse("E204", "a revision is text", (*path, "revision"))
+        context.refuse("E204", "a revision is text", (*path, "revision"), help="put it in quotes")
     return ModelRef(place, revision if data.get("revision") is not None else None)
 
 

@@ -71,7 +71,12 @@ def parse(
     """
     documents = yaml.load_all(text, file, booleans="1.1")
     if not documents:
-        raise UsageError("E254", "the YAML is empty", where=Where(file, 1, 1))
+        raise UsageError(
+            "E254",
+            "the YAML is empty",
+            where=Where(file, 1, 1),
+            help="the file may not have been written to the end",
+        )
     lookup = _catalogue if known is None else known.get
     contexts = [Context(document, lookup) for document in documents]
     specs = [_merge(context) for context in contexts]

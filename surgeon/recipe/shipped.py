@@ -92,5 +92,7 @@ def copy(name: str, destination: Path | None = None) -> Path:
             "E601", f"the file exists: {target}", help="choose another name; nothing is replaced"
         ) from None
     except OSError as error:
-        raise EnvironmentFault("E502", f"cannot write {target}: {error.strerror}") from error
+        raise EnvironmentFault(
+            "E502", f"cannot write {target}: {error.strerror}", help="choose another file"
+        ) from error
     return target

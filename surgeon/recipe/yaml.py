@@ -106,7 +106,12 @@ def load(text: str | bytes, file: str | None = None, *, booleans: Booleans = "1.
     if len(documents) == 1:
         return documents[0]
     if not documents:
-        raise UsageError("E254", "the YAML is empty", where=Where(file, 1, 1))
+        raise UsageError(
+            "E254",
+            "the YAML is empty",
+            where=Where(file, 1, 1),
+            help="the file may not have been written to the end",
+        )
     raise UsageError(
         "E254",
         f"one YAML document expected, found {len(documents)}",
@@ -147,7 +152,12 @@ def decode(text: str | bytes, file: str | None = None) -> str:
     """Return text without a byte-order mark, refusing what is too large or not UTF-8."""
     size = len(text) if isinstance(text, bytes) else len(text.encode("utf-8", "surrogatepass"))
     if size > MAX_BYTES:
-        raise UsageError("E252", f"the YAML is larger than {MAX_BYTES:,} bytes", where=Where(file=file))
+        raise UsageError(
+            "E252",
+            f"the YAML is larger than {MAX_BYTES:,} bytes",
+            where=Where(file=file),
+            help="keep data out of the recipe",
+        )
     if isinstance(text, bytes):
         if text.startswith((b"\xff\xfe", b"\xfe\xff")):
             raise UsageError(
@@ -187,7 +197,12 @@ class _Loader(yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent):
             node: Any = super().compose_node(parent, index)
             if id(node) not in self.measured:
-                raise UsageError("E253", f"alias {show(event.anchor)} contains itself", where=place)
+                raise UsageError(
+                    "E253",
+                    f"alias {show(event.anchor)} contains itself",
+                    where=place,
+                    help="write the value out",
+                )
             return node
         if event.tag not in (None, _TEXT_TAG) or (event.tag and not isinstance(event, yaml.ScalarEvent)):
             raise UsageError(
@@ -199,9 +214,19 @@ class _Loader(yaml.SafeLoader):
         self.level += 1
         self.composed += 1
         if self.level > MAX_DEPTH:
-            raise UsageError("E252", f"the YAML is nested deeper than {MAX_DEPTH}", where=place)
+            raise UsageError(
+                "E252",
+                f"the YAML is nested deeper than {MAX_DEPTH}",
+                where=place,
+                help="no setting lies that deep; check brackets and indentation",
+            )
         if self.composed > MAX_NODES:
-            raise UsageError("E252", f"the YAML has more than {MAX_NODES:,} nodes", where=place)
+            raise UsageError(
+                "E252",
+                f"the YAML has more than {MAX_NODES:,} nodes",
+                where=place,
+                help="split the file, or keep data out of the recipe",
+            )
         node = super().compose_node(parent, index)
         if isinstance(event, yaml.ScalarEvent) and not node.value.isascii():
             node.value = _joined(node.value, place)
@@ -220,7 +245,12 @@ class _Loader(yaml.SafeLoader):
         depth = 1 + max((deep for _, deep in sizes), default=0)
         if count > MAX_NODES or depth > MAX_DEPTH:
             what = f"{MAX_NODES:,} nodes" if count > MAX_NODES else f"{MAX_DEPTH} levels"
-            raise UsageError("E252", f"the YAML has more than {what} once aliases are expanded", where=place)
+            raise UsageError(
+                "E252",
+                f"the YAML has more than {what} once aliases are expanded",
+                where=place,
+                help="write out less through aliases",
+            )
         self.measured[id(node)] = (node, count, depth)
 
 
@@ -237,7 +267,12 @@ def _compose(text: str, file: str | None) -> Iterator[tuple[Any, int]]:
             total += loader.measured[id(node)][1]
             if documents > MAX_DOCUMENTS or total > MAX_NODES:
                 what = f"{MAX_DOCUMENTS} documents" if documents > MAX_DOCUMENTS else f"{MAX_NODES:,} nodes"
-                raise UsageError("E252", f"the YAML has more than {what}", where=Where(file=file))
+                raise UsageError(
+                    "E252",
+                    f"the YAML has more than {what}",
+                    where=Where(file=file),
+                    help="split the file, or keep data out of the recipe",
+                )
             yield node, start
     except yaml.reader.ReaderError as error:
         raise _unprintable(text, error, file) from None
@@ -247,7 +282,10 @@ def _compose(text: str, file: str | None) -> Iterator[tuple[Any, int]]:
         # PyYAML converts %YAML versions and \U escapes without checking their range.
         mark = loader.get_mark() if loader else None
         raise UsageError(
-            "E250", "not valid YAML: a number or escape is out of range", where=_where(file, mark)
+            "E250",
+            "not valid YAML: a number or escape is out of range",
+            where=_where(file, mark),
+            help="correct the value at this place",
         ) from None
 
 
@@ -290,7 +328,14 @@ class _Builder:
         for key, value in node.value:
             place = _where(self.file, key.start_mark)
             if not isinstance(key, yaml.ScalarNode):
-                self._refuse(UsageError("E253", "a key must be text, not a list or mapping", where=place))
+                self._refuse(
+                    UsageError(
+                        "E253",
+                        "a key must be text, not a list or mapping",
+                        where=place,
+                        help="write the key as a word",
+                    )
+                )
                 continue
             merge = key.value == "<<" and not key.style
             if (key.value, merge) in first:
@@ -309,7 +354,14 @@ class _Builder:
         for source in sources:
             if not isinstance(source, yaml.MappingNode):
                 place = _where(self.file, source.start_mark)
-                self._refuse(UsageError("E253", '"<<" takes a mapping or a list of mappings', where=place))
+                self._refuse(
+                    UsageError(
+                        "E253",
+                        '"<<" takes a mapping or a list of mappings',
+                        where=place,
+                        help="write <<: *anchor, or <<: [*first, *second]",
+                    )
+                )
                 continue
             for name, pair in self._pairs(source).items():
                 result.setdefault(name, pair)
@@ -327,7 +379,12 @@ def _joined(text: str, place: Where) -> str:
     try:
         return text.encode("utf-16", "surrogatepass").decode("utf-16")
     except UnicodeDecodeError:
-        raise UsageError("E250", "half of a surrogate pair is no character", where=place) from None
+        raise UsageError(
+            "E250",
+            "half of a surrogate pair is no character",
+            where=place,
+            help="write the character itself, or both halves of the pair",
+        ) from None
 
 
 def _duplicate(name: str, first: Where, place: Where, merge: bool) -> UsageError:

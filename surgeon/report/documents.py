@@ -64,7 +64,7 @@ def load(paths: Iterable[str | Path]) -> list[dict[str, Any]]:
 
 
 def validate(document: object, label: str = "result") -> dict[str, Any]:
-    """Check one result document and return it unchanged.
+    """Check one result document and return it; that of a mergekit YAML that was run is one of a merge.
 
     Args:
         label: the file, for messages.
@@ -81,6 +81,9 @@ def validate(document: object, label: str = "result") -> dict[str, Any]:
         raise InputError("E234", f"{visible(label)}: schema is {_shown(document['schema'])}; this version reads {known}",
                          where=Where(visible(label)), help="write the report with the version that wrote the result, or newer")  # fmt: skip
     command = document.get("command")
+    if command == "run" and "recipe" not in document and "steps" not in document:
+        document = {**document, "command": "merge"}  # of a mergekit YAML: one merge, not steps
+        command = "merge"
     if command == "run" or command in COMMANDS:
         _Checker(label).steps(document)
         return document

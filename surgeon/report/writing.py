@@ -61,7 +61,9 @@ def render(
             help=close_matches(form, FORMATS) or ", ".join(FORMATS),
         )
     if not results:
-        raise UsageError("E235", "no results to report on")
+        raise UsageError(
+            "E235", "no results to report on", help='give the output of "surgeon eval MODEL --json"'
+        )
     for position, document in enumerate(results):
         documents.validate(document, f"results[{position}]")
     if any(document["command"] != "eval" for document in results):
@@ -152,7 +154,10 @@ def publish(destination: Path, content: bytes) -> None:
         raise _no_folder(shown) from None
     except OSError as error:
         raise EnvironmentFault(
-            "E505", f"cannot write {shown}: {error.strerror or error}", where=Where(shown)
+            "E505",
+            f"cannot write {shown}: {error.strerror or error}",
+            where=Where(shown),
+            help="free disk space, or choose another -o",
         ) from error
     finally:
         if temporary is not None:

@@ -120,7 +120,11 @@ def _findings(cut: Cut, structure: Structure, allow_norm_approx: bool) -> list[S
     if cut.hidden is not None:
         found += _units("the cut", "channels of the residual stream", cut.hidden, structure.hidden)
         if not cut.hidden:
-            found.append(UsageError("E260", "the cut keeps no channel of the residual stream"))
+            found.append(
+                UsageError(
+                    "E260", "the cut keeps no channel of the residual stream", help="at least one must stay"
+                )
+            )
     return found
 
 

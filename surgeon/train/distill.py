@@ -200,7 +200,7 @@ def _split(
     samples: Sequence[TokenSample], held_out: Sequence[TokenSample] | None, options: Options
 ) -> tuple[list[TokenSample], list[TokenSample]]:
     if not samples:
-        raise InputError("E385", "there are no samples to train on")
+        raise InputError("E385", "there are no samples to train on", help="give calibration text")
     if held_out is not None:
         return list(samples), list(held_out)
     train, measured = set_aside(len(samples), options.held_out, options.seed)

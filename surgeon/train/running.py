@@ -127,7 +127,7 @@ def check_samples(samples: Sequence[TokenSample], runner: Runner) -> None:
     if runner.causal:
         check_answers(samples)
     elif not samples:
-        raise InputError("E385", "there are no samples to train on")
+        raise InputError("E385", "there are no samples to train on", help="give calibration text")
     rows = runner.model.config.vocab_size
     for sample in samples:
         if len(sample.ids) and not 0 <= int(sample.ids.min()) <= int(sample.ids.max()) < rows:

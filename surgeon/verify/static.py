@@ -65,21 +65,40 @@ def verify_model(
         if found != expected:
             names = sorted(n for n in {*found, *expected} if found.get(n) != expected.get(n))
             findings.append(
-                InputError("E350", f"the staged result differs from its plan in {printable(names[0])}")
+                InputError(
+                    "E350",
+                    f"the staged result differs from its plan in {printable(names[0])}",
+                    help="run again; --no-resume starts over",
+                )
             )
         for path in sorted(folder.rglob("*")):
             name = str(path.relative_to(folder))
             if path.is_file() and name not in digests:
                 findings.append(
-                    InputError("E350", f"the staged result holds a file the plan does not: {printable(name)}")
+                    InputError(
+                        "E350",
+                        f"the staged result holds a file the plan does not: {printable(name)}",
+                        help="run again; --no-resume starts over",
+                    )
                 )
         for name, digest in sorted(digests.items()):
             path = folder / name
             if not path.is_file():
-                findings.append(InputError("E350", f"{printable(name)} is missing in the staged result"))
+                findings.append(
+                    InputError(
+                        "E350",
+                        f"{printable(name)} is missing in the staged result",
+                        help="run again; --no-resume starts over",
+                    )
+                )
             elif not name.endswith(".safetensors") and _sha256(path) != digest:
                 findings.append(
-                    InputError("E350", f"{printable(name)} is not what was written", where=Where(str(path)))
+                    InputError(
+                        "E350",
+                        f"{printable(name)} is not what was written",
+                        where=Where(str(path)),
+                        help="the disk or another program changed it; run again",
+                    )
                 )
         if model.config is not None:
             findings.extend(_config_findings(checkpoint, Report(), planned=True))
@@ -202,7 +221,7 @@ def _index(checkpoint: StoredCheckpoint, report: Report) -> None:
     metadata = read_json_object(checkpoint.index_file).get("metadata")
     if not isinstance(metadata, dict):
         report.errors.append(InputError("E351", f"{checkpoint.index_file.name} has no metadata; transformers fails on it",
-                                        where=Where(str(checkpoint.index_file))))  # fmt: skip
+                                        where=Where(str(checkpoint.index_file)), help="surgeon export MODEL -o OUT writes the index anew"))  # fmt: skip
         return
     total = metadata.get("total_size")
     stored = sum(t.nbytes for t in checkpoint.tensors.values())
@@ -272,7 +291,7 @@ def _hashes(path: Path, checkpoint: StoredCheckpoint, report: Report) -> None:
                     damaged.append(len(lines))
                 if damaged:
                     report.errors.append(InputError("E353", f"{CHECKSUMS} is damaged in line {damaged[0]}",
-                                                    where=Where(str(sums), damaged[0])))  # fmt: skip
+                                                    where=Where(str(sums), damaged[0]), help="restore it, or produce the model again"))  # fmt: skip
                 elif {n: d for n, d in pairs if n != MANIFEST} != dict(_recorded(own)):
                     report.errors.append(InputError("E353", f"{CHECKSUMS} and {MANIFEST} list different files",
                                                     where=Where(str(sums)), help="one of them was changed"))  # fmt: skip
@@ -309,7 +328,11 @@ def _hashes(path: Path, checkpoint: StoredCheckpoint, report: Report) -> None:
         name = file.relative_to(path) if path.is_dir() else file.name
         if not file.is_file():
             report.errors.append(
-                InputError("E353", f"{printable(str(name))} is listed in {source} and missing")
+                InputError(
+                    "E353",
+                    f"{printable(str(name))} is listed in {source} and missing",
+                    help="restore it, or produce the model again",
+                )
             )
         elif _sha256(file) != digest.lower():
             report.errors.append(
@@ -349,7 +372,10 @@ def _values(checkpoint: StoredCheckpoint, report: Report) -> None:
         if bad:
             report.errors.append(
                 InputError(
-                    "E321", f"{bad:,} non-finite values in {printable(name)}", where=Where(str(info.file))
+                    "E321",
+                    f"{bad:,} non-finite values in {printable(name)}",
+                    where=Where(str(info.file)),
+                    help="the file is damaged or the training diverged; surgeon inspect MODEL --stats shows all",
                 )
             )
         elif zero and len(info.shape) > 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -119,8 +120,8 @@ def _check_values(verb: str, values: dict[str, Any]) -> None:
     from surgeon.evaluate import gates
     from surgeon.prune import request as prune
     from surgeon.prune.experts import request as experts
-    from surgeon.quantize import scheme_names
     from surgeon.quantize import request as quantize
+    from surgeon.quantize import scheme_names
 
     known = {
         "prune": {*prune.METHODS, *experts.METHODS},
@@ -130,10 +131,10 @@ def _check_values(verb: str, values: dict[str, Any]) -> None:
     if verb in known and values.get("method"):
         assert values["method"] in known[verb]
     if verb == "quantize":
-        assert values["format"] in quantize.DEFAULT_SCHEME
+        assert values["format_"] in quantize.DEFAULT_SCHEME
         assert values["sensitivity"] in quantize.SENSITIVITIES
         for scheme in values["scheme"] or ():
-            scheme_names.parse(scheme.rpartition("=")[2], values["format"], group_size=None, symmetric=True)
+            scheme_names.parse(scheme.rpartition("=")[2], values["format_"], group_size=None, symmetric=True)
     if verb == "prune" and values.get("criterion"):
         of_method = {**prune.CRITERIA, "heapr": experts.CHANNELS}[values["method"] or "width"]
         assert values["criterion"] in of_method
@@ -203,8 +204,9 @@ def standins(tmp_path_factory) -> Path:
 def test_every_merge_plans(place, words, standins, monkeypatch, capsys):
     monkeypatch.chdir(standins)
     if "--layer-scores" in words:
-        layers = ", ".join(f'"{number}": 0.5' for number in range(4))
-        (standins / "scores.json").write_text(f"{{{layers}}}")
+        scores = {"layers": {str(number): 0.5 for number in range(4)}}
+        content = {"format": "surgeon layer scores", "version": 1, "models": {"long": scores}}
+        (standins / "scores.json").write_text(json.dumps(content))
     code = commands.run("merge", [*words[1:], *([] if "--dry-run" in words else ["--dry-run"])])
     assert code == 0, f"{place}: {capsys.readouterr().err}"
 
@@ -281,9 +283,10 @@ def shell(tmp_path):
     """Run a script with bash where ``surgeon`` and ``python`` are those of the tests, without a network."""
     programs = tmp_path / "programs"
     programs.mkdir()
-    (programs / "surgeon").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m surgeon "$@"\n')
-    (programs / "python").symlink_to(sys.executable)
-    (programs / "surgeon").chmod(0o755)
+    # No links: a Python that is started through one does not find its environment.
+    for name, words in {"surgeon": "-m surgeon ", "python": ""}.items():
+        (programs / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {words}"$@"\n')
+        (programs / name).chmod(0o755)
     found = {
         **os.environ, "PATH": f"{programs}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",

@@ -177,12 +177,12 @@ def _sources(found: _Module, call: ast.Call, texts: list[ast.expr]) -> Iterator[
 def _callers(found: _Module, name: str) -> list[ast.Call]:
     """Return the calls of a function: those of its module, then those of modules that import it by name."""
     calls = list(found.calls.get(name, ()))
+    if name.startswith("_"):
+        return calls
     place = ".".join(found.path.relative_to(PACKAGE.parent).with_suffix("").parts)
     for path, text in _texts().items():
-        if path != found.path and f" {name}" in text and f"from {place} import" in text:
-            other = module(path)
-            if other.imported.get(name) == place:
-                calls += other.calls.get(name, ())
+        if f"from {place} import" in text and module(path).imported.get(name) == place:
+            calls += module(path).calls.get(name, ())
     return calls
 
 
@@ -220,7 +220,11 @@ def _site(found: _Module, call: ast.Call) -> Site | None:
     arguments = list(call.args)
     named = bool(arguments) and _is_code(arguments[0])
     default = None if named else _default_code(found.functions.get(name))
-    chosen = name in CLASSES and bool(arguments) and not named
+    owner = found.owner.get(id(call))
+    # Inside a function that makes exceptions for its callers there are no words of its own.
+    chosen = (
+        name in CLASSES and bool(arguments) and not named and (owner is None or owner.name not in RECORDERS)
+    )
     if not named and not chosen and default is None:
         return None
     words = {keyword.arg: keyword.value for keyword in call.keywords if keyword.arg}
@@ -272,6 +276,7 @@ def _no_collection() -> Iterator[None]:
     try:
         yield
     finally:
+        gc.freeze()
         gc.enable()
 
 

@@ -10,7 +10,7 @@ from collections import defaultdict
 import error_sites
 import pytest
 import update_snapshot
-from error_sites import CHOSEN, CODE, CLASSES, PRINTED, RECORDERS, Site, mentioned, sites
+from error_sites import CHOSEN, CLASSES, CODE, PRINTED, RECORDERS, Site, mentioned, sites
 
 from surgeon import errors
 

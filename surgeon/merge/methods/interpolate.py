@@ -16,10 +16,18 @@ def bind(b: Binding) -> Operation:
             raise UsageError("E213", "interpolate: weight needs a base",
                              help="--base MODEL, or t for two models without a base")  # fmt: skip
         if any(w is None for w in given):
-            raise UsageError("E213", "interpolate: some models have a weight and some have none")
+            raise UsageError(
+                "E213",
+                "interpolate: some models have a weight and some have none",
+                help="give every model but the base a weight",
+            )
         return Combination(Fixed(tuple(float(w) for w in given if w is not None)), b.others, b.base, b.work)
     if t is None:
-        raise UsageError("E211", "interpolate needs t, or a weight for each model and a base")
+        raise UsageError(
+            "E211",
+            "interpolate needs t, or a weight for each model and a base",
+            help="--t 0.5, or --base MODEL with --weight",
+        )
     t = float(t)
     if b.base is None:
         if len(b.others) != 2:

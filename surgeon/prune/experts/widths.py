@@ -362,7 +362,7 @@ def width_for(
         UsageError: E245 none of the two, or both.
     """
     if (size is None) == (parameters is None):
-        raise UsageError("E245", "give a size or a number of parameters")
+        raise UsageError("E245", "give a size or a number of parameters", help="such as 30GB or 20B")
     target = size if size is not None else parameters
     assert target is not None
     step = granularity(experts.width, round_to)

@@ -234,7 +234,9 @@ def _scales(experts: Experts, cut: ExpertCut) -> Iterator[SurgeonError]:
         count = experts.layer(layer).count
         if not 0 <= expert < count:
             yield UsageError(
-                "E243", f"layer {layer} has no expert {expert} to scale; there are 0 to {count - 1}"
+                "E243",
+                f"layer {layer} has no expert {expert} to scale; there are 0 to {count - 1}",
+                help="count experts from 0",
             )
         elif not math.isfinite(factor) or factor == 0:
             yield UsageError("E243", f"expert {expert} of layer {layer} cannot be multiplied by {factor}",
