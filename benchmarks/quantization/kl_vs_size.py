@@ -111,7 +111,9 @@ def sizes(folder: Path, source: Path) -> dict:
     for file in sorted(folder.glob("*.safetensors")):
         total += file.stat().st_size
         for name, entry in header(file).items():
-            if name != "__metadata__" and name.rpartition(".")[0] in matrices:
+            # what is stored of a matrix is named after its module, in one step (.weight_scale) or two (.weight.absmax)
+            owners = {name.rpartition(".")[0], name.partition(".weight")[0]}
+            if name != "__metadata__" and owners & matrices.keys():
                 stored += entry["data_offsets"][1] - entry["data_offsets"][0]
     parameters = sum(int(np.prod(shape)) for shape in matrices.values())
     return {
