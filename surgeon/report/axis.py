@@ -79,8 +79,10 @@ def tokens_axis(values: list[float], start: float, end: float, log: bool = False
         high = max(high, positive)
         spread = max(high / positive, 1.5) ** 0.08
         return Axis(positive / spread, high * spread, start, end, log=True)
-    if low < 0.6 * high or high == 0:
-        return Axis(0.0, high * 1.04 or 1.0, start, end)
+    if high < 1e-3:  # no answer is so short; so near to 0 differences would vanish in rounding
+        return Axis(0.0, 1.0, start, end)
+    if low < 0.6 * high:
+        return Axis(0.0, high * 1.04, start, end)
     pad = (high - low) * 0.12 or high * 0.05
     return Axis(low - pad, high + pad, start, end)
 

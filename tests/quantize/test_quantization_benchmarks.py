@@ -49,7 +49,9 @@ def test_every_row_is_a_request_the_program_takes(script):
         options = line[line.index("-o") + 2 :]
         pairs, place = {}, 0
         while place < len(options):
-            if options[place] == "--json":
+            name = options[place].removeprefix("--")
+            if name in ("json", "clip", "no-clip"):
+                pairs |= {} if name == "json" else {"clip": name == "clip"}
                 place += 1
                 continue
             pairs[options[place].removeprefix("--").replace("-", "_")] = options[place + 1]
