@@ -112,7 +112,9 @@ def quantize(
     ] = 0.01,
     clip: Annotated[
         bool | None,
-        typer.Option("--clip/--no-clip", help="Search the range of each group [rounding: up to 3 bits; gptq: no]."),
+        typer.Option(
+            "--clip/--no-clip", help="Search the range of each group [rounding: up to 3 bits; gptq: no]."
+        ),
     ] = None,
     true_sequential: Annotated[
         bool | None,

@@ -130,7 +130,7 @@ class PruneRequest(BaseModel):
     calibration: tuple[str, ...] = ()
     samples: int = Field(default=128, ge=1)
     sequence_length: int = Field(default=2048, ge=2)
-    calibration_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    calibration_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     distill: bool = False
     distill_steps: int = Field(default=1000, ge=1)
     distill_batch: int = Field(default=8, ge=1)
@@ -139,7 +139,7 @@ class PruneRequest(BaseModel):
     train: Literal["thresholds", "full"] = "thresholds"
     bypass_rank: int = Field(default=0, ge=0)
     nested: bool = False
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
     max_shard_size: int = 5_000_000_000
     device: str = "auto"
     threads: int | None = Field(default=None, ge=1)

@@ -71,8 +71,8 @@ class QuantizeRequest(BaseModel):
     calibration: tuple[str, ...] = ()
     samples: int = Field(default=128, ge=1)
     sequence_length: int = Field(default=2048, ge=2)
-    calibration_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    calibration_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
     max_shard_size: int = Field(default=5_000_000_000, ge=1)
     device: str = "auto"
     threads: int | None = Field(default=None, ge=1)

@@ -92,8 +92,8 @@ class ExpertRequest(BaseModel):
     calibration: tuple[str, ...] = ()
     samples: int | None = Field(default=None, ge=1)
     sequence_length: int | None = Field(default=None, ge=2)
-    calibration_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    calibration_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
     max_shard_size: int = 5_000_000_000
     device: str = "auto"
     threads: int | None = Field(default=None, ge=1)
