@@ -88,7 +88,7 @@ def plain_dtype(checkpoint: Checkpoint, scales: str) -> str:
     """Return the type that values take which are multiplied by some scales: theirs if it has 16 bits, else bfloat16.
 
     Scales of float32 alone do not tell: FP8 blocks of bfloat16 models have them. A model that says it is float32 has its
-    values so, too.
+    values so, too; one that says nothing is what its other tensors are.
     """
     held = checkpoint.tensors[scales].dtype
     if held != "F32":
@@ -97,7 +97,10 @@ def plain_dtype(checkpoint: Checkpoint, scales: str) -> str:
     said = {
         section.get(key) for section in (config, text_section(config)) for key in ("dtype", "torch_dtype")
     }
-    return "F32" if said - {None} == {"float32"} else "BF16"
+    if said - {None}:
+        return "F32" if said - {None} == {"float32"} else "BF16"
+    plain = {info.dtype for name, info in checkpoint.tensors.items() if "scale" not in name.rpartition(".")[2]}
+    return "F32" if "F32" in plain and not plain & {"BF16", "F16"} else "BF16"
 
 
 def numbers(checkpoint: Checkpoint, name: str, start: int, stop: int) -> np.ndarray:

@@ -217,6 +217,10 @@ def sensitivities(session: Session, menu: Sequence[Scheme]) -> Sensitivities:
     if given is not None and given.is_file():
         kind = None if request.sensitivity == "auto" else request.sensitivity
         table = sensitivity_file.load(given, kind=kind)  # type: ignore[arg-type]
+        if table.about.get("checkpoint") != [header.sha256 for header in session.checkpoint.headers]:
+            # Names and shapes may agree all the same: a fine-tune's losses are not its base's.
+            raise InputError("E463", f"{given.name} was measured on another model", where=Where(str(given)),
+                             help="name a file that is not there yet: losses of this model are written to it")  # fmt: skip
         session.say(f"sensitivities from {given.name} ({table.kind}): the model is not run for them")
         return table
     table = (

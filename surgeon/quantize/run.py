@@ -19,7 +19,7 @@ from surgeon.checkpoint.checkpoint import Checkpoint, open_path
 from surgeon.checkpoint.strict_json import read_json_object
 from surgeon.deploy import export_gguf
 from surgeon.derive import Derived, Source, plan_of
-from surgeon.errors import InputError, SurgeonError
+from surgeon.errors import InputError, SurgeonError, UsageError
 from surgeon.execute import Outcome, execute
 from surgeon.formats.dequantized import dequantized
 from surgeon.output.manifest import MANIFEST
@@ -93,6 +93,12 @@ def quantize(
         source, request, request.work_folder(destination), progress or (lambda *_: None), say, stop
     )
     _ = session.checkpoint, session.linear, session.form
+    if (request.allocation == "pmq" or request.drop_experts) and not any(
+        m.routed for m in session.linear.matrices
+    ):
+        option = "--drop-experts" if request.drop_experts else "--allocation pmq"
+        raise UsageError("E217", f"{option} is about experts, and {source.key} has none that can be quantized",
+                         help="leave it out: a target chooses a width for every matrix")  # fmt: skip
     named = wishes.assigned(session) if request.target is None and request.plan is None else None
     document = _document(session, destination)
     if not session.form.folder:

@@ -91,7 +91,7 @@ def check(session: Session, schemes: Schemes) -> None:
     raise_all(session.form.refusals(asked))
     if not any(scheme is not None for scheme in schemes.values()):
         raise InputError("E231", f"nothing of {printable(session.source.key)} would be quantized", where=Where(session.source.path),
-                         help="name a scheme other than none, or raise no target to the size of the source")  # fmt: skip
+                         help="name a scheme other than none, or a smaller target")  # fmt: skip
 
 
 def _check_groups(session: Session, wanted: Mapping[str, Wanted]) -> None:

@@ -565,3 +565,19 @@ def test_a_large_model_is_decoded_in_little_memory(kind, tmp_path):
     assert total == 2 * {"fp8": 8192**2, "mxfp4": 16 * 4096 * 3072}[kind]
     print(f"{grown / 1e6:.0f} MB (said: {beside / 1e6:.0f} MB) for {total / 1e6:.0f} MB")
     assert grown < total / 4 and grown < beside + 16e6
+
+
+def test_a_model_that_says_no_type_is_read_in_that_of_its_plain_tensors():
+    import numpy as np
+
+    from surgeon.checkpoint.memory import MemoryCheckpoint
+    from surgeon.formats.encoded import plain_dtype
+
+    scale = np.ones(3, np.float32)
+    wide = MemoryCheckpoint("wide", {"a.weight_scale": scale, "norm.weight": scale})
+    half = MemoryCheckpoint("half", {"a.weight_scale": scale, "norm.weight": scale.astype(np.float16)})
+    assert plain_dtype(wide, "a.weight_scale") == "F32" and plain_dtype(half, "a.weight_scale") == "BF16"
+    wide.config = {"torch_dtype": "bfloat16"}
+    assert plain_dtype(wide, "a.weight_scale") == "BF16"
+    half.config = {"dtype": "float32"}
+    assert plain_dtype(half, "a.weight_scale") == "F32"

@@ -210,3 +210,34 @@ def test_gguf_is_written_and_llama_cpp_computes_the_same(capsys, scratch, text):
     again = runs.command(capsys, "quantize", model, "-o", scratch / "out.gguf", *SHORT, "--calibration", text, "--json",
                          "--format", "gguf", "--target-bits", 5.5, "--sensitivity", "rel-output")  # fmt: skip
     assert again.document["output"]["unchanged"]
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--allocation", "pmq", "--target-bits", 2.5), ("--drop-experts", "--target-size", "1MB")]
+)
+def test_what_is_about_experts_is_refused_for_dense_models_before_text_is_read(
+    quantize, scratch, monkeypatch, arguments
+):
+    from surgeon.calibrate import divided
+
+    monkeypatch.setattr(divided, "load", lambda *a, **k: pytest.fail("text was read"))
+    said = quantize(*arguments, code=2)["error"]
+    assert said["code"] == "E217" and "is about experts" in said["message"] and said["help"]
+
+
+def test_losses_of_another_model_are_refused(quantize, scratch):
+    table = scratch / "losses.json"
+    quantize(
+        "--target-bits",
+        5,
+        "--sensitivity",
+        "weight",
+        "--method",
+        "rtn",
+        "--sensitivities",
+        table,
+        out="first",
+    )
+    said = quantize("--target-bits", 5, "--sensitivity", "weight", "--method", "rtn", "--sensitivities", table,
+                    model=runs.LONG.parent / "short", code=3, out="second")  # fmt: skip
+    assert said["error"]["code"] == "E463" and "another model" in said["error"]["message"]
