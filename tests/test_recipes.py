@@ -92,7 +92,9 @@ def header(path: Path, key: str) -> str:
 
 def test_the_index_lists_every_recipe_and_says_what_it_says():
     lines = (FOLDER / "README.md").read_text().splitlines()
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| [")]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in lines if "](long-to-short/" in line
+    ]
     expected = [
         [
             f"[{path.stem}]({path.relative_to(FOLDER)})",

@@ -23,10 +23,13 @@ Set = Annotated[list[str] | None, typer.Option("--set", help="PATH=VALUE, repeat
 
 @app.command()
 def validate(
-    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Recipes, or mergekit YAML.")],
+    files: Annotated[
+        list[str],
+        typer.Argument(metavar="FILE...", help="Recipes, mergekit YAML, or names of shipped recipes."),
+    ],
     set_: Set = None,
     inputs: Annotated[bool, typer.Option("--inputs", help="Models and files must be there, too.")] = False,
-    strict: Annotated[bool, typer.Option("--strict", help="Warnings are errors.")] = False,
+    strict: o.Strict = False,
     json_: o.Json = False,
     quiet: o.Quiet = False,
     verbose: o.Verbose = False,
@@ -35,12 +38,14 @@ def validate(
     out = Output(json_, quiet, verbose)
 
     def work() -> dict[str, Any]:
+        from surgeon.recipe.checking import check
+
         rows, errors = [], []
         for file in files:
             try:
-                warnings = _check(file, set_ or [], inputs)
+                warnings = check(file, set_ or [], inputs)
                 if warnings and strict:
-                    raise UsageError("E220", f"--strict: {file}: {warnings[0]}")
+                    raise UsageError("E220", f"--strict: {file}: {warnings[0]}", help="change what the warning names, or leave out --strict")  # fmt: skip
             except SurgeonError as error:
                 errors.append(error)
                 rows.append({"file": file, "valid": False, "warnings": [], "error": as_json(error)})
@@ -60,40 +65,36 @@ def validate(
     raise typer.Exit(run_command(out, "recipe validate", work))
 
 
-def _check(file: str, settings: list[str], inputs: bool) -> list[str]:
-    from surgeon.recipe import mergekit_yaml, native, yaml
-
-    text = yaml.read_text(Path(file))
-    if not native.is_native(text, file):
-        if settings:
-            raise UsageError(
-                "E208", "--set belongs to a recipe of several steps", help=f"{file} is a mergekit YAML"
-            )
-        _, remarks = mergekit_yaml.parse(text, file)
-        return [str(getattr(remark, "message", remark)) for remark in remarks]
-    recipe = native.read(file, settings)
-    if inputs:
-        recipe.check_files()
-    return list(recipe.warnings)
-
-
 @app.command()
 def show(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="A recipe.")],
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A recipe, or the name of a shipped one.")],
     set_: Set = None,
     json_: o.Json = False,
     quiet: o.Quiet = False,
     verbose: o.Verbose = False,
 ) -> None:
-    """Print a recipe resolved: what it extends, defaults and references filled in."""
+    """Print a recipe resolved: what it extends, defaults and references filled in; a mergekit YAML as it is."""
     out = Output(json_, quiet, verbose)
 
     def work() -> dict[str, Any]:
         import yaml
 
-        from surgeon.recipe import native
+        from surgeon.recipe import native, shipped
+        from surgeon.recipe.yaml import read_text
 
-        recipe = native.read(file, set_ or [])
+        path = shipped.file_of(file)
+        text = read_text(path)
+        if not native.is_native(text, str(path)) and "merge_method" in text:
+            from surgeon.recipe.checking import check
+
+            warnings = check(file, set_ or [], False)
+            for warning in warnings:
+                out.warning(warning)
+            for line in text.splitlines():
+                out.line(line)
+            documents = list(yaml.safe_load_all(text))
+            return {"recipe": documents[0] if len(documents) == 1 else documents, "warnings": warnings}
+        recipe = native.read(path, set_ or [])
         for warning in recipe.warnings:
             out.warning(warning)
         found = json.loads(json.dumps(recipe.plain()))
@@ -120,15 +121,25 @@ def schema() -> None:
 
 @app.command("list")
 def list_(json_: o.Json = False, quiet: o.Quiet = False) -> None:
-    """List the recipes that come with surgeon."""
+    """List the recipes that come with surgeon, by what they are for."""
     out = Output(json_, quiet)
 
     def work() -> dict[str, Any]:
         from surgeon.recipe.shipped import shipped
 
         found = shipped()
-        out.table(["recipe", "folder", "what it does"], [[one.name, one.kind, one.summary] for one in found])
-        return {"recipes": [{"name": one.name, "folder": one.kind, "summary": one.summary} for one in found]}
+        width = max((len(one.name) for one in found), default=0)
+        for kind in dict.fromkeys(one.kind for one in found):
+            group = [one for one in found if one.kind == kind]
+            out.line(f"{kind}: {group[0].goal}" if group[0].goal else kind)
+            for one in group:
+                out.line(f"  {one.name.ljust(width)}  {one.summary}")
+        return {
+            "recipes": [
+                {"name": one.name, "folder": one.kind, "goal": one.goal, "summary": one.summary}
+                for one in found
+            ]
+        }
 
     raise typer.Exit(run_command(out, "recipe list", work))
 

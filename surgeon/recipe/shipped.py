@@ -1,14 +1,26 @@
-"""Recipes that come with the package: listed, found by name, copied.
+"""Recipes that come with the package: listed by goal, found by name, copied.
 
 Codes: E2013 no such recipe; E601 the copy would replace something.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 from surgeon.errors import EnvironmentFault, OutputConflict, UsageError, close_matches
+
+GOALS = {
+    "prune": "make a dense model smaller or faster",
+    "experts": "make a mixture of experts smaller",
+    "quantize": "store a model in 4 or 8 bits",
+    "mixed-precision": "choose bits for each matrix: for a size, an average or a divergence",
+    "pipelines": "several steps with gates: merge, prune, quantize, sweep",
+    "long-to-short": "published merges for shorter answers (mergekit YAML)",
+}
+"""Folder -> what its recipes are for, in the order they are listed."""
 
 
 @dataclass(frozen=True)
@@ -19,6 +31,11 @@ class Shipped:
     kind: str
     file: Path
     summary: str
+
+    @property
+    def goal(self) -> str:
+        """What recipes of its folder are for."""
+        return GOALS.get(self.kind, "")
 
 
 def folder() -> Path:
@@ -37,22 +54,23 @@ def folder() -> Path:
 
 
 def shipped() -> list[Shipped]:
-    """Return every recipe that comes with the package."""
-    place = folder()
-    return [
-        Shipped(file.stem, file.parent.name, file, _summary(file)) for file in sorted(place.glob("*/*.yaml"))
-    ]
+    """Return every recipe that comes with the package, by goal, then by name."""
+    order = list(GOALS)
+    found = [Shipped(file.stem, file.parent.name, file, _summary(file)) for file in folder().glob("*/*.yaml")]
+    return sorted(
+        found,
+        key=lambda one: (order.index(one.kind) if one.kind in GOALS else len(order), one.kind, one.name),
+    )
 
 
 def _summary(file: Path) -> str:
-    """Return a recipe's description, or the first line of its comment."""
-    first = ""
-    for line in file.read_text(encoding="utf-8").splitlines():
+    """Return a recipe's description, or the first sentence of its comment."""
+    lines = file.read_text(encoding="utf-8").splitlines()
+    for line in lines:
         if line.startswith("description:"):
             return line.partition(":")[2].strip()
-        if line.startswith("#") and not first:
-            first = line[1:].strip()
-    return first
+    comment = " ".join(line[1:].strip() for line in takewhile(lambda line: line.startswith("#"), lines))
+    return re.split(r"\. |\.$", comment, maxsplit=1)[0]
 
 
 def named(name: str) -> Shipped:
@@ -62,16 +80,38 @@ def named(name: str) -> Shipped:
         UsageError: E2013.
     """
     known = shipped()
-    found = next(
-        (one for one in known if name in (one.name, f"{one.kind}/{one.name}", f"{one.kind}/{one.name}.yaml")),
-        None,
-    )
+    found = _match(name, known)
     if found is None:
         near = close_matches(name, [one.name for one in known])
         raise UsageError(
             "E2013", f'no recipe is called "{name[:60]}"', help=near or "surgeon recipe list shows all"
         )
     return found
+
+
+def _match(name: str, known: list[Shipped]) -> Shipped | None:
+    return next(
+        (one for one in known if name in (one.name, f"{one.kind}/{one.name}", f"{one.kind}/{one.name}.yaml")),
+        None,
+    )
+
+
+def file_of(text: str) -> Path:
+    """Return the file that is meant: the one at a path, else the recipe that comes with the package by that name.
+
+    Raises:
+        UsageError: E2013 neither, and the text does not look like a file.
+    """
+    path = Path(text)
+    # A run publishes under the recipe's name by default, so a folder of that name does not stand for the recipe.
+    if path.exists() and not path.is_dir():
+        return path
+    found = _match(text, shipped())
+    if found is not None:
+        return found.file
+    if path.suffix in (".yaml", ".yml", ".json") or len(path.parts) > 1 or path.is_dir():
+        return path  # what reads it says what is wrong with it
+    return named(text).file
 
 
 def copy(name: str, destination: Path | None = None) -> Path:

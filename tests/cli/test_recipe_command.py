@@ -100,6 +100,13 @@ def test_list_and_copy(surgeon, tmp_path):
     assert "merge-prune-quantize" in listed.out and "qwen2.5-7b-ties" in listed.out
     names = {row["name"]: row["folder"] for row in surgeon("list", "--json").document["recipes"]}
     assert names["merge-prune-quantize"] == "pipelines"
+    heads = [line.partition(":")[0] for line in listed.out.splitlines() if not line.startswith(" ")]
+    assert heads == ["prune", "experts", "quantize", "mixed-precision", "pipelines", "long-to-short"]
+    pruning = listed.out[: listed.out.index("experts:")]
+    assert "  prune-drop-layers  " in pruning and "merge-prune-quantize" not in pruning
+    assert listed.out.count("trained from\n") == 2, (
+        "the first sentence of a comment, however many lines it has"
+    )
     target = tmp_path / "my.yaml"
     assert surgeon("copy", "merge-prune-quantize", target).code == 0 and surgeon("validate", target).code == 0
     again = surgeon("copy", "merge-prune-quantize", target)
@@ -110,6 +117,31 @@ def test_list_and_copy(surgeon, tmp_path):
     )
     unknown = surgeon("copy", "merge-prune-quantise")
     assert unknown.code == 2 and 'did you mean "merge-prune-quantize"' in unknown.err
+
+
+def test_shipped_recipes_are_validated_and_shown_by_name(surgeon, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ran = surgeon("validate", "prune-drop-layers", "long-to-short/qwen2.5-7b-ties")
+    assert ran.code == 0 and ran.out.splitlines() == [
+        "valid     prune-drop-layers",
+        "valid     long-to-short/qwen2.5-7b-ties",
+    ]
+    shown = surgeon("show", "prune-drop-layers", "--set", "steps.pruned.prune.target.sparsity=0.5", "--json")
+    assert shown.document["recipe"]["steps"][0]["prune"]["sparsity"] == [0.5]
+    merge = surgeon("show", "qwen2.5-7b-ties")
+    assert (
+        merge.code == 0 and "merge_method: ties" in merge.out.splitlines() and merge.out.startswith("# TIES")
+    )
+    assert surgeon("show", "qwen2.5-7b-ties", "--json").document["recipe"]["merge_method"] == "ties"
+    assert "E208" in surgeon("show", "qwen2.5-7b-ties", "--set", "seed=1").err
+    unknown = surgeon("validate", "prune-drop-layer")
+    assert unknown.code == 2 and "E2013" in unknown.err and 'did you mean "prune-drop-layers"' in unknown.err
+    assert "E250" in surgeon("validate", "prune-drop-layer.yaml").err
+    # A run publishes under the recipe's name: such a folder does not hide the recipe, a file does.
+    (tmp_path / "prune-drop-layers").mkdir()
+    assert surgeon("validate", "prune-drop-layers").code == 0
+    (tmp_path / "sparse-2-of-4").write_text("version: 1\n")
+    assert "E2011" in surgeon("validate", "sparse-2-of-4").err
 
 
 def test_run_prints_steps_gates_and_the_model(capsys, scratch):

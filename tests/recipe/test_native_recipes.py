@@ -249,3 +249,28 @@ def test_the_resolved_recipe_reads_as_what_it_came_from(tmp_path):
     plain = native.read(recipe(tmp_path, SCORES, "gates: [bytes <= 2GB]\n")).plain()
     assert plain["steps"][0]["merge"]["models"] == ["long"] and plain["steps"][1]["eval"]["model"] == "merged"
     assert plain["publish"] == {"step": "merged", "when": "on_pass"} and plain["gates"] == ["bytes <= 2GB"]
+
+
+def test_what_a_recipe_quantized_is_decoded_where_text_is_read(tmp_path):
+    texts(tmp_path)
+    steps = (
+        "  - id: small\n    quantize: {schemes: [W8A16], method: rtn}\n",
+        "  - id: scores\n    eval: {baseline: long%s}\n",
+    )
+    read = lambda more: native.read(recipe(tmp_path, steps[0], steps[1] % more)).steps[-1].options  # noqa: E731
+    assert read(", metrics: [perplexity]")["dequantize"] and read(", metrics: [kl]")["dequantize"]
+    assert read(", metrics: [kl], dequantize: false")["dequantize"] is False
+    plain = recipe(tmp_path, "  - id: scores\n    eval: {baseline: long, metrics: [kl]}\n")
+    assert "dequantize" not in native.read(plain).steps[-1].options
+
+
+@pytest.mark.parametrize("made", ["quantize: {schemes: [Q8_0], format: gguf}", "export: {to: gguf}"])
+def test_a_step_that_reads_a_gguf_file_is_refused(tmp_path, made):
+    texts(tmp_path)
+    step = f"  - id: small\n    {made}\n"
+    (one,) = refusals(recipe(tmp_path, step, "  - id: scores\n    eval: {metrics: [perplexity]}\n"))
+    assert one.code == "E2014" and "scores reads what small makes" in one.message and one.where.line
+    found = native.read(
+        recipe(tmp_path, step, "  - id: scores\n    eval: {model: merged, metrics: [perplexity]}\n")
+    )
+    assert found.steps[-1].options["model"] == StepOutput("merged")
