@@ -32,7 +32,7 @@ from surgeon.plan import Companion, OutputModel, OutputTensor, Plan, Task, Tenso
 
 @dataclass(frozen=True)
 class Source:
-    """The model something is made from.
+    """The model something is made from; where a model is named, it stands for its path.
 
     Attributes:
         key: its name without path; enters the plan id and the manifest.
@@ -46,6 +46,12 @@ class Source:
     path: str
     repo: str | None = None
     commit: str | None = None
+
+    def __str__(self) -> str:
+        return self.path
+
+    def __fspath__(self) -> str:
+        return self.path
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,7 +29,7 @@ from surgeon.errors import InputError, Interrupted, Where
 from surgeon.kernels import cast, fused
 from surgeon.output.journal import Journal
 from surgeon.output.writer import ModelWriter
-from surgeon.plan import BLOCK_ELEMENTS, Block, Plan, WorkItem, blocks_of, is_byte_copy
+from surgeon.plan import BLOCK_ELEMENTS, Block, Plan, Task, WorkItem, blocks_of, is_byte_copy
 
 Progress = Callable[[int, int], None]
 
@@ -58,8 +58,8 @@ class RunResult:
 
 
 @dataclass
-class _State:
-    """Shared by the threads of one run."""
+class State:
+    """Shared by the threads of one run, or by those who ask for single blocks of a plan's outputs."""
 
     plan: Plan
     writers: dict[str, ModelWriter]
@@ -134,10 +134,10 @@ def run(
         headers.extend(h for h in checkpoint.headers if h not in headers)
     digester = InputDigester(headers)
     pending = _in_file_order(plan, writers, done)
-    fused.prepare(_arithmetic_bytes(plan, pending))
+    fused.prepare(arithmetic_bytes(plan, pending))
     total = sum(_item_bytes(plan, item) for _, item in pending)
     with ThreadPoolExecutor(threads, thread_name_prefix="block") as pool:
-        state = _State(
+        state = State(
             plan, writers, journal, digester, pool, threads, stop or threading.Event(), progress, total,
             summaries=summaries,
         )  # fmt: skip
@@ -184,12 +184,12 @@ def compute(
         InputError, Interrupted: as `run`.
     """
     pending = list(enumerate(plan.items))
-    fused.prepare(_arithmetic_bytes(plan, pending))
+    fused.prepare(arithmetic_bytes(plan, pending))
     total = sum(_item_bytes(plan, item) for _, item in pending)
     digester = InputDigester([])
     with ThreadPoolExecutor(threads, thread_name_prefix="block") as pool:
-        state = _State(
-            plan, writers, _NoJournal(), digester, pool, threads, stop or threading.Event(), progress, total,
+        state = State(
+            plan, writers, NoJournal(), digester, pool, threads, stop or threading.Event(), progress, total,
         )  # fmt: skip
         try:
             _run_items(state, pending)
@@ -197,7 +197,7 @@ def compute(
             digester.stop()
 
 
-class _NoJournal(Journal):
+class NoJournal(Journal):
     """Takes the place of a journal where a run cannot be resumed."""
 
     def __init__(self) -> None:
@@ -240,7 +240,7 @@ def _in_file_order(plan: Plan, writers: dict[str, ModelWriter], done: set[int]) 
     return sorted(pending, key=place)
 
 
-def _arithmetic_bytes(plan: Plan, pending: list[tuple[int, WorkItem]]) -> int:
+def arithmetic_bytes(plan: Plan, pending: list[tuple[int, WorkItem]]) -> int:
     """Return the bytes read for arithmetic over all passes; plain copies need none."""
     return sum(
         _item_bytes(plan, item) * (1 + max(task.operation.reduces() for task in item.tasks))
@@ -279,7 +279,7 @@ def _claim_finished(
 class _Background:
     """Reads finished stretches back and pushes dirty pages out, beside the computation."""
 
-    def __init__(self, writers: dict[str, ModelWriter], state: _State) -> None:
+    def __init__(self, writers: dict[str, ModelWriter], state: State) -> None:
         self._writers = writers
         self._state = state
         self._wake = threading.Event()
@@ -318,7 +318,7 @@ class _Background:
             thread.join()
 
 
-def _run_items(state: _State, pending: list[tuple[int, WorkItem]]) -> None:
+def _run_items(state: State, pending: list[tuple[int, WorkItem]]) -> None:
     """Run all items: groups of several items first reduce together, everything else is independent."""
     units = _units(state.plan, pending)
     if state.threads == 1:
@@ -342,7 +342,7 @@ def _run_items(state: _State, pending: list[tuple[int, WorkItem]]) -> None:
             raise real from None
 
 
-def _guarded(state: _State, unit: list[tuple[int, WorkItem]]) -> None:
+def _guarded(state: State, unit: list[tuple[int, WorkItem]]) -> None:
     try:
         _run_unit(state, unit)
     except BaseException as error:
@@ -379,7 +379,7 @@ def _units(plan: Plan, pending: list[tuple[int, WorkItem]]) -> Iterator[list[tup
         yield batch
 
 
-def _run_unit(state: _State, unit: list[tuple[int, WorkItem]]) -> None:
+def _run_unit(state: State, unit: list[tuple[int, WorkItem]]) -> None:
     state.check_stop()
     if unit[0][1].group or len(unit) == 1:
         _run_group(state, unit)
@@ -388,15 +388,32 @@ def _run_unit(state: _State, unit: list[tuple[int, WorkItem]]) -> None:
         state.pool.submit(_run_small, state, unit).result()
 
 
-def _run_small(state: _State, unit: list[tuple[int, WorkItem]]) -> None:
+def _run_small(state: State, unit: list[tuple[int, WorkItem]]) -> None:
     for number, item in unit:
         state.check_stop()
         _run_group(state, [(number, item)], inline=True)
 
 
-def _run_group(state: _State, unit: list[tuple[int, WorkItem]], inline: bool = False) -> None:
+def _run_group(state: State, unit: list[tuple[int, WorkItem]], inline: bool = False) -> None:
     """Run items that share reductions (usually one item)."""
     ranges = [blocks_of(state.plan, item) for _, item in unit]
+    carried, checked = reduce_unit(state, unit, ranges, inline)
+    for position, (number, item) in enumerate(unit):
+        _map_item(state, number, item, ranges[position], position, carried, inline, check=not checked)
+
+
+def reduce_unit(
+    state: State, unit: list[tuple[int, WorkItem]], ranges: list[list[tuple[int, int]]], inline: bool
+) -> tuple[list[Any], bool]:
+    """Do all reduce passes over items that share them.
+
+    Args:
+        ranges: of each item its blocks, see `surgeon.plan.blocks_of`.
+        inline: in this thread alone.
+
+    Returns:
+        Of each task what mapping its blocks needs; and whether the inputs were checked, which the first pass does.
+    """
     tasks = max(len(item.tasks) for _, item in unit)
     carried: list[Any] = [None] * tasks
     steps = max(task.operation.reduces() for _, item in unit for task in item.tasks)
@@ -413,7 +430,7 @@ def _run_group(state: _State, unit: list[tuple[int, WorkItem]], inline: bool = F
         def work(job, step=step, first=not checked):
             position, ordinal, start, stop = job
             item = unit[position][1]
-            block = _load(state, item, start, stop, ordinal, position, check=first)
+            block = load_block(state, item, start, stop, ordinal, position, check=first)
             began = time.perf_counter()
             states = [
                 task.operation.reduce(step, block, carried[t]) if step < task.operation.reduces() else None
@@ -422,7 +439,7 @@ def _run_group(state: _State, unit: list[tuple[int, WorkItem]], inline: bool = F
             state.spend("compute", time.perf_counter() - began)
             return item, states
 
-        for item, states in _ordered(state, work, jobs, inline):
+        for item, states in in_order(state, work, jobs, inline):
             for t, part in enumerate(states):
                 if part is not None:
                     operation = item.tasks[t].operation
@@ -431,8 +448,22 @@ def _run_group(state: _State, unit: list[tuple[int, WorkItem]], inline: bool = F
             if step < task.operation.reduces():
                 carried[t] = task.operation.finish(step, merged[t], carried[t], elements)
         checked = True
-    for position, (number, item) in enumerate(unit):
-        _map_item(state, number, item, ranges[position], position, carried, inline, check=not checked)
+    return carried, checked
+
+
+def map_task(
+    state: State, task: Task, block: Block, carried: Any
+) -> tuple[list[np.ndarray], np.ndarray | None]:
+    """Return one block of each output of a task as it is stored, and what the task measured on it."""
+    began = time.perf_counter()
+    results = task.operation.map(block, carried)
+    encoded = [
+        _encode(result, output, block, task.operation)
+        for result, output in zip(results, task.outputs, strict=True)
+    ]
+    part = task.operation.measure(block, encoded, carried)
+    state.spend("compute", time.perf_counter() - began)
+    return encoded, part
 
 
 def _map_item(state, number, item, ranges, position, carried, inline, check) -> None:
@@ -443,17 +474,11 @@ def _map_item(state, number, item, ranges, position, carried, inline, check) -> 
 
     def work(job):
         _, ordinal, start, stop = job
-        block = _load(state, item, start, stop, ordinal, position, check=check)
+        block = load_block(state, item, start, stop, ordinal, position, check=check)
         written, parts = [], []
         for t, task in enumerate(item.tasks):
-            began = time.perf_counter()
-            results = task.operation.map(block, carried[t])
-            encoded = [
-                _encode(result, output, block, task.operation)
-                for result, output in zip(results, task.outputs, strict=True)
-            ]
-            parts.append(task.operation.measure(block, encoded, carried[t]))
-            state.spend("compute", time.perf_counter() - began)
+            encoded, part = map_task(state, task, block, carried[t])
+            parts.append(part)
             began = time.perf_counter()
             for output, data in zip(task.outputs, encoded, strict=True):
                 offset = start if task.operation.copies else start * data.itemsize
@@ -463,7 +488,7 @@ def _map_item(state, number, item, ranges, position, carried, inline, check) -> 
         state.advance(sum(r.nbytes for r in block.raw))
         return written, parts
 
-    for written, parts in _ordered(state, work, jobs, inline):
+    for written, parts in in_order(state, work, jobs, inline):
         claims.extend(written)
         for t, part in enumerate(parts):
             if part is not None:
@@ -482,7 +507,7 @@ def _keep_summaries(found: dict[str, dict[str, Any]], item: WorkItem, summaries:
                 found.setdefault(output.model, {})[output.name] = summary
 
 
-def _ordered(state: _State, work: Callable, jobs: Iterator, inline: bool) -> Iterator[Any]:
+def in_order(state: State, work: Callable, jobs: Iterable[Any], inline: bool) -> Iterator[Any]:
     """Yield results in job order with a bounded number of jobs in flight."""
     if inline or state.threads == 1:
         for job in jobs:
@@ -506,9 +531,10 @@ def _ordered(state: _State, work: Callable, jobs: Iterator, inline: bool) -> Ite
                 future.exception()
 
 
-def _load(
-    state: _State, item: WorkItem, start: int, stop: int, ordinal: int, position: int, check: bool
+def load_block(
+    state: State, item: WorkItem, start: int, stop: int, ordinal: int, position: int, check: bool
 ) -> Block:
+    """Return one block of an item's inputs; ``check``: refuse NaN and infinities in them."""
     began = time.perf_counter()
     output = item.tasks[0].outputs[0]
     raw: list[np.ndarray] = []
@@ -537,7 +563,7 @@ _FLOATS = {"F64", "F32", "F16", "BF16"}
 _CARRIERS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 
 
-def _check_inputs(state: _State, item: WorkItem, block: Block, copy: bool) -> None:
+def _check_inputs(state: State, item: WorkItem, block: Block, copy: bool) -> None:
     for ref, data, code in zip(item.inputs, block.raw, block.codes, strict=True):
         if code not in _FLOATS:
             continue

@@ -61,18 +61,9 @@ def preflight(plan: Plan, destination: Path, *, threads: int, memory_limit: int 
     """Check memory and disk before anything is written; lower the threads if that makes it fit.
 
     Raises:
-        EnvironmentFault: E501 not enough disk, E503 not enough memory (fault H1).
+        EnvironmentFault: E501 not enough disk, E504 not enough memory (fault H1).
     """
-    limit = memory_limit or memory_budget()
-    needed = estimate(plan, threads)
-    while needed.memory_bytes > limit and threads > 1:
-        threads -= 1
-        needed = estimate(plan, threads)
-    if needed.memory_bytes > limit:
-        raise EnvironmentFault(
-            "E504", f"this needs about {needed.memory_bytes / 1e6:,.0f} MB of memory (for {printable(needed.largest_item)}), "
-            f"the limit is {limit / 1e6:,.0f} MB", help="raise --memory-limit, or use a machine with more memory",
-        )  # fmt: skip
+    needed, threads, limit = fit_memory(plan, threads, memory_limit)
     parent = destination.parent
     try:
         info = os.statvfs(parent)
@@ -87,6 +78,25 @@ def preflight(plan: Plan, destination: Path, *, threads: int, memory_limit: int 
             help="--dtype bfloat16 halves float32 output; --overwrite does not free the old model first",
         )  # fmt: skip
     return Check(needed, threads, limit, free)
+
+
+def fit_memory(plan: Plan, threads: int, memory_limit: int | None) -> tuple[Estimate, int, int]:
+    """Return what a plan needs, with how many threads, and the limit it fits into.
+
+    Raises:
+        EnvironmentFault: E504 not enough memory.
+    """
+    limit = memory_limit or memory_budget()
+    needed = estimate(plan, threads)
+    while needed.memory_bytes > limit and threads > 1:
+        threads -= 1
+        needed = estimate(plan, threads)
+    if needed.memory_bytes > limit:
+        raise EnvironmentFault(
+            "E504", f"this needs about {needed.memory_bytes / 1e6:,.0f} MB of memory (for {printable(needed.largest_item)}), "
+            f"the limit is {limit / 1e6:,.0f} MB", help="raise --memory-limit, or use a machine with more memory",
+        )  # fmt: skip
+    return needed, threads, limit
 
 
 def _size(folder: Path) -> int:
@@ -153,13 +163,13 @@ def execute(
             destination, fingerprint, plan_id, is_file=is_file, resume=resume, disk=disk
         )
     except OSError as error:
-        raise _disk_fault(error, destination) from error
+        raise disk_fault(error, destination) from error
     try:
         result, manifests = _build(plan, staging, check.threads, progress, stop, is_file)
         stage.publish(staging, overwrite=overwrite)
     except OSError as error:
         staging.close()
-        raise _disk_fault(error, destination, staging.folder) from error
+        raise disk_fault(error, destination, staging.folder) from error
     except (MemoryError, RuntimeError) as error:
         staging.close()
         if not isinstance(error, MemoryError) and "start new thread" not in str(error):
@@ -211,7 +221,7 @@ def _stamps(plan: Plan) -> dict[str, list[list[Any]]]:
     }
 
 
-def _same_inputs(plan: Plan, recorded: Any) -> bool:
+def same_inputs(plan: Plan, recorded: Any) -> bool:
     """Compare the inputs' content with the digests a finished result recorded; hashes what is not known."""
     for key, checkpoint in plan.inputs.items():
         for header in checkpoint.headers:
@@ -250,7 +260,7 @@ def _finished(destination: Path, plan_id: str, is_file: bool, plan: Plan) -> dic
                 return None
         except SurgeonError:
             return None
-    if not all(_same_inputs(plan, content.get("inputs")) for content in manifests.values()):
+    if not all(same_inputs(plan, content.get("inputs")) for content in manifests.values()):
         return None
     return manifests
 
@@ -290,7 +300,7 @@ def _build(plan, staging: stage.Staging, threads, progress, stop, is_file):
     manifests: dict[str, dict[str, Any]] = {}
     digests_by_model: dict[str, dict[str, str]] = {}
     for key, model in plan.models.items():
-        digests, body = _companions(
+        digests, body = write_companions(
             plan, model, layouts[key], folders[key], result, disk, is_file, staging.destination.name
         )
         digests_by_model[key] = digests
@@ -329,7 +339,9 @@ def _digest_of(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _companions(plan, model, layout: Layout, folder: Path, result, disk: Disk, is_file: bool, file_name: str):
+def write_companions(
+    plan, model, layout: Layout, folder: Path, result, disk: Disk, is_file: bool, file_name: str
+):
     """Write index, companions, manifest, checksums and, last, config.json; return digests and manifest."""
     digests = dict(result.file_digests[model.key])
     summaries = result.summaries.get(model.key, {})
@@ -388,7 +400,8 @@ def _heartbeat(lock: stage.DestinationLock) -> Iterator[None]:
         thread.join()
 
 
-def _disk_fault(error: OSError, destination: Path, kept: Path | None = None) -> Exception:
+def disk_fault(error: OSError, destination: Path, kept: Path | None = None) -> Exception:
+    """Return the error to raise for what the file system answered while a result was written."""
     reasons = {
         errno.ENOSPC: "the disk is full",
         errno.EDQUOT: "the disk quota is used up",

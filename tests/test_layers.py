@@ -22,20 +22,21 @@ LEVELS = [
     {"engine"},
     {"inspection", "comparison", "derive"},
     {"verify"},
-    {"execute"},
+    {"execute", "unwritten"},
     {"calibrate"},
     {"experts"},
     {"deploy"},
     {"measure", "train"},
     {"merge", "evaluate", "prune", "edit", "quantize"},
     {"recipe", "report"},
+    {"python"},
     {"api"},
     {"pipeline"},
     {"cli", "__main__"},
 ]
 # checkpoint/adapter.py computes while reading, with the casts of kernels/. A package that shares its name with a
 # public function forwards calls to it.
-ALLOWED = {("checkpoint", "kernels"), ("callable_package", "api")}
+ALLOWED = {("checkpoint", "kernels")}
 
 
 def level(unit: str) -> int:

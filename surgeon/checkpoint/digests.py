@@ -68,6 +68,8 @@ def remember(pairs: list[tuple[Header, str]]) -> None:
 
 def known_digest(header: Header) -> str | None:
     """Return a sha256 somebody already computed for exactly this file, or None."""
+    if header.digest:
+        return header.digest
     real = header.file.resolve()
     if real.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", real.name):
         return real.name

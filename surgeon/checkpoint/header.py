@@ -68,7 +68,12 @@ class FileStamp:
 
 @dataclass(frozen=True)
 class Header:
-    """A parsed header with the identity of its file."""
+    """A parsed header with the identity of its file.
+
+    Attributes:
+        digest: sha256 of a file that is not written, as it would be; "" for one that is there.
+        behind: the files such a one is computed from.
+    """
 
     file: Path
     tensors: dict[str, TensorInfo]
@@ -76,6 +81,8 @@ class Header:
     data_start: int
     stamp: FileStamp
     sha256: str
+    digest: str = ""
+    behind: tuple[Header, ...] = ()
 
 
 def open_regular(path: Path) -> int:
@@ -154,6 +161,27 @@ def read_header(path: str | os.PathLike) -> Header:
         os.close(descriptor)
     tensors, metadata = _parse(path, raw, 8 + length, stamp.size)
     return Header(path, tensors, metadata, 8 + length, stamp, hashlib.sha256(start[:8] + raw).hexdigest())
+
+
+def header_of_unwritten(
+    path: Path, content: bytes, size: int, digest: str, behind: tuple[Header, ...]
+) -> Header:
+    """Return the header of a file that is not written.
+
+    Args:
+        path: where it would lie.
+        content: what it would begin with, length and header.
+        size, digest: of all of it.
+        behind: the files it is computed from.
+    """
+    import hashlib
+
+    tensors, metadata = _parse(path, content[8:], len(content), size)
+    # Stands for a time of change: whoever compares stamps notices other content.
+    stamp = FileStamp(size, int(digest[:15], 16), 0, 0)
+    return Header(
+        path, tensors, metadata, len(content), stamp, hashlib.sha256(content).hexdigest(), digest, behind
+    )
 
 
 def _header_length(path: Path, start: bytes, size: int) -> int:

@@ -101,7 +101,7 @@ class PickledCheckpoint:
         code = _CODES.get(str(value.dtype).removeprefix("torch."))
         if code is None or value.layout.__str__() != "torch.strided":
             raise InputError("E307", f"{path.name}: {printable(name)} has type {value.dtype}, which is not supported",
-                             where=Where(str(path), tensor=printable(name)))  # fmt: skip
+                             where=Where(str(path), tensor=printable(name)), help="save it dense, as float32, float16, bfloat16 or an integer type")  # fmt: skip
         if name in self.tensors:
             raise InputError(
                 "E309",

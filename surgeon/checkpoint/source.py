@@ -77,7 +77,9 @@ def locate(
             raise _missing(path, local)
         if revision:
             raise UsageError(
-                "E204", f"{path} is local; a revision ({revision}) only makes sense for a hub model"
+                "E204",
+                f"{path} is local; a revision ({revision}) only makes sense for a hub model",
+                help=f"leave out @{revision}",
             )
         if subfolder:
             local = local / subfolder
@@ -143,7 +145,8 @@ def _hub(repo: str, revision: str | None, subfolder: str | None, label: str, off
                 help=f"try again later, or fetch it elsewhere: {get}",
             ) from error
     except hub.HFValidationError as error:
-        raise UsageError("E204", f"{label} is neither a local path nor a hub id: {error}") from None
+        raise UsageError("E204", f"{label} is neither a local path nor a hub id: {error}",
+                         help="./PATH, or a hub id such as org/name") from None  # fmt: skip
     path = Path(folder)
     commit = path.name if re.fullmatch(r"[0-9a-f]{40}", path.name) else None
     return Located(path / subfolder if subfolder else path, label, repo, commit)

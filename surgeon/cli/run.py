@@ -41,6 +41,13 @@ def run(
     keep_intermediate: Annotated[
         bool, typer.Option("--keep-intermediate", help="Leave the models of steps in the work folder.")
     ] = False,
+    fuse: Annotated[
+        bool | None,
+        typer.Option(
+            "--fuse/--no-fuse",
+            help="Hand models to the next step unwritten: less disk, more computing; the same bytes.",
+        ),
+    ] = None,
     gates: Annotated[bool, typer.Option("--gates/--no-gates", help="Decide the recipe's gates.")] = True,
     publish: Annotated[
         str | None, typer.Option("--publish", help="always or on-pass, whatever the recipe says.")
@@ -48,7 +55,7 @@ def run(
     overwrite: o.Overwrite = False,
     resume: o.Resume = True,
     dry_run: o.DryRun = False,
-    strict: Annotated[bool, typer.Option("--strict", help="Warnings are errors.")] = False,
+    strict: o.Strict = False,
     threads: o.Threads = None,
     memory_limit: o.MemoryLimit = None,
     device: Annotated[
@@ -93,13 +100,14 @@ def run(
             options = {
                 "work": work_folder, "only": tuple(only or ()), "start": from_, "until": until, "keep_intermediate": keep_intermediate,
                 "gates": gates, "publish": _when(publish), "strict": strict, "overwrite": overwrite, "resume": resume,
+                "fuse": fuse,
             }  # fmt: skip
             machine = {"threads": threads, "memory_limit": limit, "device": device, "offline": offline}
             return _run_native(
                 out, native.read(recipe, tuple(set_ or ()), seed=seed), output, options, machine, dry_run
             )
         of_recipes = {"--set": set_, "--only": only, "--from": from_, "--until": until, "--keep-intermediate": keep_intermediate,
-                      "--no-gates": not gates, "--publish": publish}  # fmt: skip
+                      "--no-gates": not gates, "--publish": publish, "--fuse": fuse}  # fmt: skip
         _refuse_others(
             of_recipes,
             "belongs to a recipe of several steps",
@@ -213,6 +221,7 @@ def show(out: Output, document: dict[str, Any]) -> None:
 def _row(step: dict[str, Any], results: dict[str, Any]) -> list[object]:
     waits = step.get("waits_for")
     status = f"waits for {', '.join(waits)}" if waits else step["status"]
+    status += ", fused" if step.get("fused") else ""
     seconds = "" if step["seconds"] is None else f"{step['seconds']:.1f}"
     return [step["id"], step["verb"], status, seconds, _result(results.get(step["id"]) or {})]
 

@@ -3,6 +3,7 @@
 OUT.work/steps/ID        models that later steps read
 OUT.work/publish/OUT     the model that will be published, under its final name
 OUT.work/results/ID.json a step's document, as its command prints it
+OUT.work/baselines/      of a sweep: results of the models that all points are compared with
 OUT.work/state/ID.json   what it was made from
 """
 
@@ -18,7 +19,14 @@ from surgeon.pipeline.digests import intact, made_digest
 from surgeon.pipeline.publication import staged
 from surgeon.recipe.recipe import Step
 
-STEPS, PUBLISH, RESULTS, STATE, POINTS = "steps", "publish", "results", "state", "points"
+STEPS, PUBLISH, RESULTS, STATE, POINTS, BASELINES = (
+    "steps",
+    "publish",
+    "results",
+    "state",
+    "points",
+    "baselines",
+)
 
 
 @dataclass(frozen=True)
@@ -73,6 +81,13 @@ class Shelf:
         state.unlink(missing_ok=True)
         write_json(kept.document, self.result(step))
         write_json({"fingerprint": kept.fingerprint, "digest": kept.digest, "seconds": kept.seconds}, state)
+
+    def left(self, step: Step, digest: str) -> bool:
+        """Say whether a finished step's model was left unwritten here: all of it but the weights, undamaged."""
+        from surgeon.unwritten.leaving import left
+
+        place = self.place(step, file=False)
+        return place.is_dir() and made_digest(place) == digest and left(place) is not None
 
     def find(self, step: Step, digest: str, *, file: bool) -> Path | None:
         """Return where the model of a finished step lies, verified: where it was made, or where it was published."""

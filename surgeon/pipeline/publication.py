@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -120,16 +119,7 @@ def _copy(disk: Disk, source: Path, target: Path) -> None:
         for path in sorted(source.iterdir()):
             _copy(disk, path, target / path.name)
         return
-    descriptor = disk.create(target, source.stat().st_size)
-    try:
-        with open(source, "rb") as stream:
-            offset = 0
-            while piece := stream.read(8 << 20):
-                disk.write_at(descriptor, piece, offset)
-                offset += len(piece)
-        disk.sync(descriptor)
-    finally:
-        os.close(descriptor)
+    disk.copy_file(source, target)
 
 
 def remove(path: Path) -> None:

@@ -14,19 +14,24 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict, Unpack
 
+from surgeon import api
 from surgeon.errors import CheckFailed, OutputConflict, SurgeonError, UsageError, close_matches
 from surgeon.measure.files import write_json
 from surgeon.output import staging as stage
 from surgeon.output.disk import Disk
 from surgeon.pipeline import publication, results
 from surgeon.pipeline.digests import Digests
-from surgeon.pipeline.kept import POINTS, PUBLISH, RESULTS, STATE, STEPS, Shelf
+from surgeon.pipeline.fusing import Fusion, fusion
+from surgeon.pipeline.kept import BASELINES, POINTS, PUBLISH, RESULTS, STATE, STEPS, Shelf
 from surgeon.pipeline.steps import Steps
 from surgeon.pipeline.verbs import Machine, gguf_asked
+from surgeon.python.options import takes
+from surgeon.python.progress import Progress, Say, telling
+from surgeon.python.results import Result
 from surgeon.recipe.recipe import Recipe
 
 RESULT = "result.json"
@@ -49,12 +54,14 @@ class Run:
         strict: warnings are errors.
         overwrite: replace what lies at the output, as a whole.
         resume: use what an earlier run left.
+        fuse: hand models to the next step unwritten where that is possible; None: as the recipe says.
     """
 
     def __init__(
         self, recipe: Recipe, output: str | Path | None = None, *, work: str | Path | None = None, only: Sequence[str] = (),
         start: str | None = None, until: str | None = None, keep_intermediate: bool = False, gates: bool = True,
-        publish: str | None = None, strict: bool = False, overwrite: bool = False, resume: bool = True, machine: Machine | None = None,
+        publish: str | None = None, strict: bool = False, overwrite: bool = False, resume: bool = True, fuse: bool | None = None,
+        machine: Machine | None = None,
     ) -> None:  # fmt: skip
         self.recipe, self.machine = recipe, machine or Machine()
         self.destination = Path(output if output is not None else self._name()).expanduser().absolute()
@@ -62,6 +69,7 @@ class Run:
         self.work = Path(work).expanduser().absolute() if work is not None else place
         self.keep, self.gates, self.when = keep_intermediate, gates, publish or recipe.when
         self.strict, self.overwrite, self.resume = strict, overwrite, resume
+        self.fuse = recipe.fuse if fuse is None else fuse
         self.chosen = _chosen(recipe, only, start, until)
         self.began = time.perf_counter()
         self.runs: dict[str, Steps] = {}
@@ -85,9 +93,13 @@ class Run:
             if not self.resume:
                 self._forget()
             self.changed = True
-            for steps in self._points():
-                steps.check_choice()
-                steps.run()
+            try:
+                for steps in self._points():
+                    steps.check_choice()
+                    steps.run()
+            finally:
+                for steps in self.runs.values():
+                    steps.close()
             self._decide()
             self._publish()
             document = self._save(self.document())
@@ -109,7 +121,7 @@ class Run:
     def _before(self) -> None:
         """Refuse what can be known before any work."""
         if self.recipe.warnings and self.strict:
-            raise UsageError("E220", f"--strict: {self.recipe.warnings[0]}")
+            raise UsageError("E220", f"--strict: {self.recipe.warnings[0]}", help="change what the warning names, or leave out --strict")  # fmt: skip
         self.recipe.check_files()
         self._check_places()
 
@@ -173,7 +185,8 @@ class Run:
                 folder = self.work / POINTS / name if name else self.work
                 shelf = Shelf(folder, recipe.publish, self.destination / name if name else self.destination)
                 self.runs[name] = Steps(recipe, shelf, digests, self.machine, self.chosen, strict=self.strict, resume=self.resume,
-                                        prefix=f"{name}/" if name else "", shared=shared)  # fmt: skip
+                                        prefix=f"{name}/" if name else "", shared=shared,
+                                        fusion=fusion(recipe, self.chosen, keep=self.keep) if self.fuse else Fusion())  # fmt: skip
             yield self.runs[name]
 
     def _recipes(self) -> dict[str, Recipe]:
@@ -216,7 +229,7 @@ class Run:
         return steps.made[steps.recipe.publish].path if steps.recipe.publish is not None else None
 
     def _forget(self) -> None:
-        for name in (STEPS, PUBLISH, RESULTS, STATE, POINTS):
+        for name in (STEPS, PUBLISH, RESULTS, STATE, POINTS, BASELINES):
             shutil.rmtree(self.work / name, ignore_errors=True)
 
     # ---- gates and publication -------------------------------------------------------------------
@@ -415,34 +428,81 @@ def _finite(value: Any) -> Any:
     return value if value is None or isinstance(value, (str, int, bool)) else str(value)
 
 
+class MergekitOptions(TypedDict, total=False):
+    """Options of ``surgeon run`` for a mergekit YAML."""
+
+    max_shard_size: int
+    mergekit_quirks: bool
+    weights: Literal["auto", "index", "single"]
+    ignore_unlisted: bool
+    allow_nonfinite: bool
+    allow_pickle: bool
+
+
+@takes(MergekitOptions)
+@telling
 def run(
-    recipe: str | Path, output: str | Path | None = None, *, set: Sequence[str] = (), dry_run: bool = False, seed: int | None = None,
-    threads: int | None = None, memory_limit: int | None = None, device: str | None = None, offline: bool = False,
-    progress: Any = None, say: Any = None, stop: threading.Event | None = None, **options: Any,
-) -> dict[str, Any]:  # fmt: skip
-    """Run a recipe; the options of ``surgeon run``.
+    recipe: str | Path, output: str | Path | None = None, *, set: str | Sequence[str] = (), only: str | Sequence[str] = (),
+    start: str | None = None, until: str | None = None, work: str | Path | None = None, keep_intermediate: bool = False,
+    gates: bool = True, publish: str | None = None, fuse: bool | None = None, overwrite: bool = False, resume: bool = True,
+    dry_run: bool = False, strict: bool = False, seed: int | None = None, threads: int | None = None,
+    memory_limit: int | None = None, device: str | None = None, offline: bool = False, progress: Progress | None = None,
+    say: Say | None = None, stop: threading.Event | None = None, **mergekit: Unpack[MergekitOptions],
+) -> Result:  # fmt: skip
+    """Run a recipe, or a mergekit YAML; the options of ``surgeon run``.
 
     Args:
-        recipe: a recipe file (``version: 1``).
+        recipe: a recipe file (``version: 1``), the name of one that comes with the package, or a mergekit YAML.
         output: where the published model goes; default: the recipe's name in the current folder.
-        set: PATH=VALUE, such as ``models.long=./mine``.
-        options: ``work``, ``only``, ``start``, ``until``, ``keep_intermediate``, ``gates``, ``publish``, ``strict``,
-            ``overwrite`` and ``resume``; see `Run`.
+        set: PATH=VALUE, such as ``models.long=./mine``; one or several.
+        start, until: the first and the last step to run (``--from`` and ``--until``).
+        only, work, keep_intermediate, gates, publish, fuse, strict, overwrite, resume: see `Run`.
+        progress: see `surgeon.python.progress.Progress`.
+        say: called with one sentence at a time.
+        stop: set it to stop after the work in progress; the same call goes on.
+        mergekit: options that only a mergekit YAML takes: ``max_shard_size``, ``mergekit_quirks``, ``weights``...
 
     Returns:
-        The document ``surgeon run --json`` prints. Gates that failed are in it, not raised.
+        `Result`: the document ``surgeon run --json`` prints. Gates that failed are in it (``passed``), not raised.
 
     Example:
         >>> surgeon.run("recipe.yaml", "out", set=["models.long=./mine"])  # doctest: +SKIP
     """
-    from surgeon.recipe import native
+    from surgeon.recipe import native, shipped, yaml
 
+    file = str(shipped.file_of(str(recipe)))
+    steps = {"only": only, "start": start, "until": until, "keep_intermediate": keep_intermediate, "gates": not gates,
+             "publish": publish, "set": set, "fuse": fuse}  # fmt: skip
+    if not native.is_native(yaml.read_text(Path(file)), file):
+        _refuse(steps, "belongs to a recipe of several steps", "a mergekit YAML is one merge")
+        options = {
+            **mergekit,
+            **({"device": device} if device else {}),
+            "seed": seed or 0,
+            "strict": strict,
+            "offline": offline,
+        }
+        found = api.merge(file, output=output, overwrite=overwrite, resume=resume, dry_run=dry_run, threads=threads,
+                          memory_limit=memory_limit, work=work, progress=progress, stop=stop, **options)  # fmt: skip
+        return Result("run", found)
+    _refuse(mergekit, "belongs to a mergekit YAML", "write it in the recipe, in the step it is for")
+    when = None if publish is None else publish.replace("-", "_")
+    if when not in (None, "always", "on_pass"):
+        raise UsageError("E2009", f'publish is "{str(publish)[:40]}"', help="always or on-pass")
     machine = Machine(threads, memory_limit, device, offline, progress, say, stop)
-    job = Run(native.read(recipe, set, seed=seed), output, machine=machine, **options)
+    job = Run(native.read(file, (set,) if isinstance(set, str) else set, seed=seed), output, work=work,
+              only=(only,) if isinstance(only, str) else only, start=start, until=until, keep_intermediate=keep_intermediate,
+              gates=gates, publish=when, strict=strict, overwrite=overwrite, resume=resume, fuse=fuse, machine=machine)  # fmt: skip
     if dry_run:
-        return job.rehearse()
+        return Result("run", job.rehearse())
     try:
-        return job.execute()
+        return Result("run", job.execute())
     except SurgeonError as error:
         job.failed(error)
         raise
+
+
+def _refuse(given: Mapping[str, Any], what: str, help: str) -> None:
+    for option, value in given.items():
+        if value:
+            raise UsageError("E208", f"{option} {what}", help=help)

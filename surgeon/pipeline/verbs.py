@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from surgeon import api
+from surgeon.api import MergePlan
 from surgeon.errors import OutputConflict
+from surgeon.execute import Outcome
+from surgeon.plan import Estimate
 
 Tell = Callable[[str, int, int], None]
 Say = Callable[[str], None]
@@ -72,17 +75,34 @@ def _merge(
     options: dict[str, Any], output: Path | None, machine: Machine, dry: bool, resume: bool
 ) -> dict[str, Any]:
     assert output is not None
-    request = api.build_request(**_placed(options, machine, ("device", "offline")), **{})
-    planned = api.plan_merge(request, title=output.name)
+    planned = plan_merge(options, output, machine)
     check = planned.check(output, threads=machine.threads, memory_limit=machine.memory_limit, overwrite=True)
-    if not dry:
-        planned = planned.measure(
-            output,
-            threads=machine.threads,
-            memory_limit=machine.memory_limit,
-            progress=machine.progress,
-            stop=machine.stop,
-        )
+    if dry:
+        return merge_document(planned, check.estimate, output)
+    planned = planned.measure(
+        output,
+        threads=machine.threads,
+        memory_limit=machine.memory_limit,
+        progress=machine.progress,
+        stop=machine.stop,
+    )
+    outcome = planned.run(
+        output, threads=machine.threads, memory_limit=machine.memory_limit, overwrite=True, resume=resume, stop=machine.stop,
+        progress=machine.progress,
+    )  # fmt: skip
+    return merge_document(planned, check.estimate, output, outcome)
+
+
+def plan_merge(options: dict[str, Any], output: Path, machine: Machine) -> MergePlan:
+    """Return the plan of a merge step."""
+    request = api.build_request(**placed(options, machine, ("device", "offline")), **{})
+    return api.plan_merge(request, title=output.name)
+
+
+def merge_document(
+    planned: MergePlan, needs: Estimate, output: Path, outcome: Outcome | None = None
+) -> dict[str, Any]:
+    """Return the document of a merge step; without an outcome that of a dry run."""
     plan = planned.plan
     tensors = [tensor for group in plan.outputs().values() for tensor in group]
     size = {
@@ -90,18 +110,14 @@ def _merge(
         "parameters": sum(tensor.elements for tensor in tensors),
     }
     document = {
-        "status": "dry-run" if dry else "ok", "output": {"path": str(output), **size},
+        "status": "dry-run" if outcome is None else "ok", "output": {"path": str(output), **size},
         "plan": {"id": plan.plan_id(), "method": plan.recipe["method"], "parameters_of_method": plan.recipe["parameters"],
-                 "inputs": list(plan.inputs), "tensors": len(plan.items), "disk_bytes": check.estimate.disk_bytes,
-                 "memory_estimate_bytes": check.estimate.memory_bytes},
+                 "inputs": list(plan.inputs), "tensors": len(plan.items), "disk_bytes": needs.disk_bytes,
+                 "memory_estimate_bytes": needs.memory_bytes},
         "metrics": {}, "gates": [], "warnings": list(plan.warnings), "notes": [*planned.notes, *plan.notes],
     }  # fmt: skip
-    if dry:
+    if outcome is None:
         return document
-    outcome = planned.run(
-        output, threads=machine.threads, memory_limit=machine.memory_limit, overwrite=True, resume=resume, stop=machine.stop,
-        progress=None if machine.progress is None else lambda done, total: machine.progress("merging", done, total),  # type: ignore[misc]
-    )  # fmt: skip
     digests = {
         name: d
         for body in outcome.manifests.values()
@@ -116,73 +132,28 @@ def _prune(
     options: dict[str, Any], output: Path | None, machine: Machine, dry: bool, resume: bool
 ) -> dict[str, Any]:
     return api.prune(output=output, overwrite=True, resume=resume, dry_run=dry, progress=machine.progress, say=machine.say,
-                     stop=machine.stop, **_placed(options, machine, ("threads", "memory_limit", "device", "offline")))  # fmt: skip
+                     stop=machine.stop, **placed(options, machine, ("threads", "memory_limit", "device", "offline")))  # fmt: skip
 
 
 def _quantize(
     options: dict[str, Any], output: Path | None, machine: Machine, dry: bool, resume: bool
 ) -> dict[str, Any]:
     return api.quantize(output=output, overwrite=True, resume=resume, dry_run=dry, progress=machine.progress, say=machine.say,
-                        stop=machine.stop, **_placed(options, machine, ("threads", "memory_limit", "device", "offline")))  # fmt: skip
+                        stop=machine.stop, **placed(options, machine, ("threads", "memory_limit", "device", "offline")))  # fmt: skip
 
 
 def _edit(
     options: dict[str, Any], output: Path | None, machine: Machine, dry: bool, resume: bool
 ) -> dict[str, Any]:
-    if dry:
-        return _edit_rehearsed(options, output, machine)
-    done = api.edit(output=output, overwrite=True, resume=resume, threads=machine.threads, memory_limit=machine.memory_limit,
-                    progress=machine.progress, stop=machine.stop, **_placed(options, machine, ("device", "offline")))  # fmt: skip
-    found: dict[str, Any] = {"path": str(done.path)}
-    if done.outcome is not None:
-        files = {
-            name: digest for body in done.outcome.manifests.values() for name, digest in body["files"].items()
-        }
-        sizes = [body["output"] for body in done.outcome.manifests.values()]
-        found |= {"unchanged": done.outcome.unchanged, "sha256": {n: d for n, d in files.items() if n.endswith(".safetensors")},
-                  "parameters": sum(size["parameters"] for size in sizes), "bytes": sum(size["bytes"] for size in sizes)}  # fmt: skip
-    quality = (done.report or {}).get("quality") or {}
-    metrics = (
-        {"kl": quality["kl"], "perplexity": [quality["perplexity_before"], quality["perplexity_after"]]}
-        if quality
-        else {}
-    )
-    return {
-        "status": "ok",
-        "output": found,
-        "edit": done.report,
-        "metrics": metrics,
-        "gates": [],
-        "notes": done.notes,
-        "warnings": done.warnings,
-    }
-
-
-def _edit_rehearsed(options: dict[str, Any], output: Path | None, machine: Machine) -> dict[str, Any]:
-    from surgeon.edit import request as requests
-    from surgeon.edit import run
-
-    given = _placed(options, machine, ("device", "offline"))
-    model = given.pop("model")
-    asked = requests.build(**given)
-    with api.open_source(model, offline=asked.offline, dequantize=asked.dequantize) as source:
-        assert output is not None
-        prepared = run.prepare(asked, source, title=output.name, dry=True, threads=machine.threads, memory_limit=machine.memory_limit,
-                               progress=machine.progress, stop=machine.stop)  # fmt: skip
-    return {
-        "status": "dry-run",
-        "output": {"path": str(output)},
-        "edit": prepared.report,
-        "notes": prepared.notes,
-        "warnings": prepared.warnings,
-    }
+    return api.edit(output=output, overwrite=True, resume=resume, dry_run=dry, threads=machine.threads, memory_limit=machine.memory_limit,
+                    progress=machine.progress, stop=machine.stop, **placed(options, machine, ("device", "offline")))  # fmt: skip
 
 
 def _export(
     options: dict[str, Any], output: Path | None, machine: Machine, dry: bool, resume: bool
 ) -> dict[str, Any]:
     return api.export(output=output, overwrite=True, resume=resume, dry_run=dry, threads=machine.threads, memory_limit=machine.memory_limit,
-                      progress=machine.progress, stop=machine.stop, **_placed(options, machine, ("offline",)))  # fmt: skip
+                      progress=machine.progress, stop=machine.stop, **placed(options, machine, ("offline",)))  # fmt: skip
 
 
 def _measure(
@@ -191,7 +162,7 @@ def _measure(
     if dry:
         return {"status": "dry-run", "warnings": []}
     return {"status": "ok", **api.measure(progress=machine.progress, stop=machine.stop,
-                                          **_placed(options, machine, ("threads", "memory_limit", "device", "offline")))}  # fmt: skip
+                                          **placed(options, machine, ("threads", "memory_limit", "device", "offline")))}  # fmt: skip
 
 
 def _eval(
@@ -200,10 +171,10 @@ def _eval(
     if dry:
         return {"status": "dry-run", "warnings": []}
     return api.evaluate(output=str(output), overwrite=True, resume=resume, progress=machine.progress, stop=machine.stop,
-                        **_placed(options, machine, ("threads", "memory_limit", "device", "offline")))  # fmt: skip
+                        **placed(options, machine, ("threads", "memory_limit", "device", "offline")))  # fmt: skip
 
 
-def _placed(options: dict[str, Any], machine: Machine, names: tuple[str, ...]) -> dict[str, Any]:
+def placed(options: dict[str, Any], machine: Machine, names: tuple[str, ...]) -> dict[str, Any]:
     """Return the options with those of the machine that the verb knows."""
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
     for name in names:

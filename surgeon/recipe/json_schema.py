@@ -33,6 +33,7 @@ def json_schema() -> dict[str, Any]:
             "steps": {"type": "array", "minItems": 1, "items": _step(options)},
             "gates": {"type": "array", "items": {"type": "string", "description": "METRIC OP EXPRESSION, such as accuracy >= baseline - 0.02"}},
             "publish": _mapping({"step": TEXT, "when": {"enum": list(WHEN)}}),
+            "fuse": {"type": "boolean", "description": "hand models between steps on unwritten where that is possible"},
             "sweep": {"type": "object", "minProperties": 1, "additionalProperties": {"type": "array", "minItems": 1, "items": SCALAR}},
         },
     }  # fmt: skip

@@ -162,12 +162,15 @@ def _model_path(context: Context, path: KeyPath) -> ModelRef | None:
     if not isinstance(data, dict):
         reference = _reference(context, path)
         if reference is not None and reference.adapter is not None:
-            context.refuse("E204", f'"{reference}" names an adapter; write it under lora', path)
+            context.refuse("E204", f'"{reference}" names an adapter; write it under lora', path,
+                           "{model: {path: MODEL}, lora: {path: ADAPTER}}")  # fmt: skip
         return reference
     check_keys(context, path, "a model path")
     place = context.document.source((*path, "path"))
     if not place or data.get("path") is None:
-        context.refuse("E255", "a model path needs a path", path)
+        context.refuse(
+            "E255", "a model path needs a path", path, "{path: ./model}, or {path: org/name, revision: main}"
+        )
         return None
     revision = context.document.source((*path, "revision"))
     if data.get("revision") is not None and not revision:
@@ -179,7 +182,8 @@ def _reference(context: Context, path: KeyPath) -> ModelRef | None:
     # The source text, not the value: a model may be called 1e5, no, or 0123456.
     text = context.document.source(path)
     if text is None:
-        context.refuse("E204", f"{show(context.at(path))} where a model is expected", path)
+        context.refuse("E204", f"{show(context.at(path))} where a model is expected", path,
+                       "a folder, org/name, MODEL+ADAPTER, or {model: {path: ...}}")  # fmt: skip
         return None
     try:
         return parse_model_ref(text, where=context.document.where(path))

@@ -44,7 +44,8 @@ def _padding(context: Context, path: KeyPath) -> int | None:
         return None
     number = whole_number(value)
     if number is None or number < 1:
-        context.refuse("E212", f"pad_to_multiple_of is a whole number from 1 up, not {show(value)}", path)
+        context.refuse("E212", f"pad_to_multiple_of is a whole number from 1 up, not {show(value)}", path,
+                       "such as 64; leave it out and nothing is added")  # fmt: skip
     return number
 
 
@@ -53,7 +54,12 @@ def _tokens(context: Context, path: KeyPath) -> dict[str, TokenSource]:
     if tokens is None:
         return {}
     if not isinstance(tokens, dict):
-        context.refuse("E212", f"{show(tokens)} where tokens by their text are expected", path)
+        context.refuse(
+            "E212",
+            f"{show(tokens)} where tokens by their text are expected",
+            path,
+            'tokens: {"<think>": {source: ./long}}',
+        )
         return {}
     return {token: _token(context, (*path, token)) for token in tokens}
 
@@ -62,12 +68,18 @@ def _token(context: Context, path: KeyPath) -> TokenSource:
     entry = context.at(path)
     nothing = TokenSource("model")
     if not isinstance(entry, dict):
-        context.refuse("E212", f"{show(entry)} where {{source, force}} is expected", path)
+        context.refuse("E212", f"{show(entry)} where {{source, force}} is expected", path,
+                       "{source: ./model, force: true}; source is a model, or {kind: zero}")  # fmt: skip
         return nothing
     check_keys(context, path, "an entry of tokens")
     force = entry.get("force", False)
     if not isinstance(force, bool):
-        context.refuse("E212", f"force is true or false, not {show(force)}", (*path, "force"))
+        context.refuse(
+            "E212",
+            f"force is true or false, not {show(force)}",
+            (*path, "force"),
+            "write it without quotes; the default is false",
+        )
         force = False
     source = entry.get("source")
     place = (*path, "source")
@@ -89,17 +101,24 @@ def _model_token(context: Context, path: KeyPath, force: bool) -> TokenSource:
     token, number = source.get("token"), source.get("token_id")
     if (token is None) == (number is None):
         found = "neither" if token is None else "both"
-        context.refuse("E255", f"a model_token needs either token or token_id, found {found}", path)
+        context.refuse("E255", f"a model_token needs either token or token_id, found {found}", path,
+                       "{kind: model_token, model: ./model, token: <pad>}")  # fmt: skip
     if source.get("model") is None:
-        context.refuse("E255", "a model_token needs a model", path)
+        context.refuse(
+            "E255", "a model_token needs a model", path, "{kind: model_token, model: ./model, token: <pad>}"
+        )
         return TokenSource("model_token")
     # The source text: a token may look like a number or a word such as "no".
     text = context.document.source((*path, "token")) if token is not None else None
     if token is not None and text is None:
-        context.refuse("E212", f"a token is text, not {show(token)}", (*path, "token"))
+        context.refuse("E212", f"a token is text, not {show(token)}", (*path, "token"),
+                       "one token in quotes; token_id takes its number")  # fmt: skip
     identity = whole_number(number)
     if number is not None and (identity is None or identity < 0):
         context.refuse(
-            "E212", f"token_id is a whole number from 0 up, not {show(number)}", (*path, "token_id")
+            "E212",
+            f"token_id is a whole number from 0 up, not {show(number)}",
+            (*path, "token_id"),
+            "the row of the token; token takes its text",
         )
     return TokenSource("model_token", read_model(context, (*path, "model")), text, identity, force)

@@ -24,6 +24,7 @@ from surgeon.merge.settings import faults_in
 from surgeon.merge.spec import MergeSpec, ModelRef, Module, ParameterMap, Slice, SliceSource
 from surgeon.recipe import yaml
 from surgeon.recipe.mergekit_reading import (
+    LEVELS,
     MERGEKIT_PARAMETERS,
     Context,
     Note,
@@ -125,6 +126,7 @@ def in_order(specs: Iterable[MergeSpec]) -> list[MergeSpec]:
                 "E256",
                 f"the merges {circle} need each other's results",
                 where=waiting[0].where.get(("name",)),
+                help="one of them must begin with models that exist; a folder of the same name is written ./NAME",
             )
         ordered += ready
         done |= {spec.name for spec in ready}
@@ -146,7 +148,12 @@ def _catalogue(method: str) -> Parameters | None:
 def _merge(context: Context) -> MergeSpec | None:
     document, data = context.document, context.document.data
     if not isinstance(data, dict):
-        context.refuse("E212", f"{show(data)} where a merge is expected", (), "start with merge_method: ...")
+        context.refuse(
+            "E212",
+            f"{show(data)} where a merge is expected",
+            (),
+            "a merge begins with merge_method: linear, a recipe of several steps with version: 1",
+        )
         return None
     check_keys(context, (), "the top level")
     method, parameters = _method(context)
@@ -172,7 +179,12 @@ def _merge(context: Context) -> MergeSpec | None:
         where=_positions(document),
     )
     if data.get("name") is not None and spec.name is None:
-        context.refuse("E212", f"the name of a merge is text, not {show(data['name'])}", ("name",))
+        context.refuse(
+            "E212",
+            f"the name of a merge is text, not {show(data['name'])}",
+            ("name",),
+            "one word, in quotes if it looks like a number",
+        )
     return spec
 
 
@@ -190,7 +202,8 @@ def _method(context: Context) -> tuple[str, Parameters | None]:
     method = data.get("merge_method")
     if not isinstance(method, str) or not method:
         if "merge_method" in data:
-            context.refuse("E212", f"merge_method is a name, not {show(method)}", ("merge_method",))
+            context.refuse("E212", f"merge_method is a name, not {show(method)}", ("merge_method",),
+                           'for example merge_method: linear; "surgeon methods merge" lists all')  # fmt: skip
         else:
             context.refuse("E255", "merge_method is missing", (), "for example merge_method: linear")
         return "", None
@@ -207,7 +220,12 @@ def _mapping(context: Context, path: KeyPath, level: str) -> bool:
     """Check that there is a mapping with only known keys at a path."""
     data = context.at(path)
     if not isinstance(data, dict):
-        context.refuse("E212", f"{show(data)} where {level} is expected", path)
+        context.refuse(
+            "E212",
+            f"{show(data)} where {level} is expected",
+            path,
+            f"a mapping with {', '.join(LEVELS[level])}",
+        )
         return False
     check_keys(context, path, level)
     return True
@@ -222,6 +240,7 @@ def _modules(read: _Reading) -> tuple[Module, ...]:
             "E255",
             f"exactly one of models, slices and modules is needed, found {found}",
             (given[1],) if given else (),
+            "models: for whole models, slices: for ranges of layers, modules: for parts of a multimodal model",
             key=bool(given),
         )
     modules = []
@@ -231,7 +250,8 @@ def _modules(read: _Reading) -> tuple[Module, ...]:
         elif isinstance(data[key], dict):
             modules += [_module(read, (key, name)) for name in data[key]]
         else:
-            context.refuse("E212", f"{show(data[key])} where modules by name are expected", (key,))
+            context.refuse("E212", f"{show(data[key])} where modules by name are expected", (key,),
+                           "modules: {NAME: {models: [...]}}")  # fmt: skip
     return tuple(modules)
 
 
@@ -242,7 +262,13 @@ def _module(read: _Reading, path: KeyPath) -> Module:
     data = context.at(path)
     given = [key for key in ("models", "slices") if data.get(key) not in (None, [])]
     if len(given) != 1:
-        context.refuse("E255", f'module "{name}" needs either models or slices', path, key=True)
+        context.refuse(
+            "E255",
+            f'module "{name}" needs either models or slices',
+            path,
+            "keep one of the two keys, with a list",
+            key=True,
+        )
     slices = tuple(piece for key in given for piece in _slices(read, path, key))
     return Module(name, slices, _parameters(read, (*path, "parameters")))
 
@@ -252,7 +278,8 @@ def _slices(read: _Reading, path: KeyPath, key: str) -> tuple[Slice, ...]:
     context, place = read.context, (*path, key)
     entries = context.at(place)
     if not isinstance(entries, list):
-        context.refuse("E212", f"{show(entries)} where a list of {key} is expected", place)
+        context.refuse("E212", f"{show(entries)} where a list of {key} is expected", place,
+                       "begin each entry with a dash: - " + ("model: ./model" if key == "models" else "sources: [...]"))  # fmt: skip
         return ()
     if key == "models":
         return (Slice(_sources(read, place, "an entry of models")),)
@@ -265,7 +292,12 @@ def _slice(read: _Reading, path: KeyPath) -> Slice:
         return Slice(())
     data = context.at(path)
     if not isinstance(data.get("sources"), list) or not data["sources"]:
-        context.refuse("E255", "a slice needs a list of sources", path)
+        context.refuse(
+            "E255",
+            "a slice needs a list of sources",
+            path,
+            "sources: [{model: ./model, layer_range: [0, 12]}]",
+        )
         return Slice(())
     sources = _sources(read, (*path, "sources"), "an entry of sources")
     lengths = {s.layer_range[1] - s.layer_range[0] for s in sources if s.layer_range}
@@ -275,6 +307,7 @@ def _slice(read: _Reading, path: KeyPath) -> Slice:
             "E214",
             f"the sources of a slice need equally many layers, found {ranges}",
             (*path, "sources"),
+            "the upper end of a layer_range is exclusive; layers are merged in pairs, first with first",
             key=True,
         )
     base = read_model(context, (*path, "base_model")) if data.get("base_model") is not None else None
@@ -291,13 +324,14 @@ def _sources(read: _Reading, path: KeyPath, level: str) -> tuple[SliceSource, ..
             continue
         data = context.at(place)
         if data.get("model") is None:
-            context.refuse("E255", f"{level} needs a model", place)
+            context.refuse("E255", f"{level} needs a model", place, "model: a folder, or org/name")
         model = read_model(context, (*place, "model")) if data.get("model") is not None else None
         layers = None
         if level == "an entry of sources":
             layers = _layer_range(context, (*place, "layer_range"))
         if model is not None and model in seen:
-            context.refuse("E206", f"{show(str(model))} is listed twice in one slice", (*place, "model"))
+            context.refuse("E206", f"{show(str(model))} is listed twice in one slice", (*place, "model"),
+                           "keep one entry; another slice may use the model again")  # fmt: skip
         seen.add(model)
         settings = _parameters(read, (*place, "parameters"), source=True)
         where = context.document.where((*place, "layer_range"))
@@ -328,7 +362,8 @@ def _parameters(read: _Reading, path: KeyPath, source: bool = False) -> Paramete
     if data is None:
         return {}
     if not isinstance(data, dict):
-        context.refuse("E212", f"{show(data)} where parameters by name are expected", path)
+        context.refuse("E212", f"{show(data)} where parameters by name are expected", path,
+                       "such as {weight: 0.5}" + (f"; known are {', '.join(read.parameters)}" if read.parameters else ""))  # fmt: skip
         return {}
     for name, setting in data.items():
         place = (*path, name)
@@ -410,7 +445,7 @@ def _name_errors(specs: list[MergeSpec | None], documents: list[Document]) -> li
             unnamed = document.where(())
         elif spec.name in seen:
             message = f'two merges are called "{spec.name}", the other on line {seen[spec.name].line}'
-            errors.append(UsageError("E256", message, where=place))
+            errors.append(UsageError("E256", message, where=place, help="give each merge a name of its own"))
         else:
             seen[spec.name] = place
     return errors

@@ -87,7 +87,10 @@ def _check_version(document: Document) -> None:
     data = document.data
     if not isinstance(data, dict):
         raise UsageError(
-            "E202", "a recipe is a mapping that begins with version: 1", where=document.where(())
+            "E202",
+            f"a recipe is a mapping that begins with version: 1, this is {show(data)}",
+            where=document.where(()),
+            help="surgeon recipe copy writes one to begin with; a mergekit file is run by surgeon merge FILE.yaml",
         )
     if "version" not in data:
         raise UsageError(
@@ -141,11 +144,12 @@ def _extended(document: Document, file: Path) -> Document:
     return overlay(base, document)
 
 
-def _near(place: Path) -> str | None:
+def _near(place: Path) -> str:
     try:
-        return close_matches(place.name, [path.name for path in place.parent.iterdir()])
+        near = close_matches(place.name, [path.name for path in place.parent.iterdir()])
     except OSError:
-        return None
+        near = None
+    return near or "the path starts from the folder of this recipe"
 
 
 def _read(reading: Reading) -> Recipe | None:
@@ -160,12 +164,16 @@ def _read(reading: Reading) -> Recipe | None:
     steps = read_steps(reading, names, defaults, seed)
     publish, when = _publish(reading, steps)
     gates = read_gates(reading, steps, publish)
+    if not isinstance(data.get("fuse", False), bool):
+        reading.refuse("E224", f"fuse is {show(data['fuse'])}", ("fuse",), "true or false")
     if reading.errors:
         return None
     warnings = _warnings(reading, names, steps)
+    fuse = data.get("fuse") is True
     return Recipe(
         name, description, seed, reading.document.file, names.models, names.data, tuple(steps), tuple(gates), publish, when,
         tuple((path, reading.document.where(place)) for path, place in names.files.items()), (), tuple(warnings),
+        fuse,
     )  # fmt: skip
 
 

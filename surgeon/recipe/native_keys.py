@@ -15,11 +15,18 @@ from typing import Any
 from surgeon.errors import UsageError
 from surgeon.merge.adjustments import ESTIMATORS, Adjustments, CalibrationSource
 from surgeon.merge.spec import ModelRef
-from surgeon.recipe.mergekit_reading import Context, check_keys, read_model, whole_number
+from surgeon.recipe.mergekit_reading import LEVELS, Context, check_keys, read_model, whole_number
 from surgeon.recipe.yaml import KeyPath
 from surgeon.scalars import show
 
 KEY = "surgeon"
+_NUMBERS = {
+    "aim": "OMEGA from 0 to 1, usually 0.4",
+    "acm": "THETA above 0, usually 0.7",
+    "sens": "TEMPERATURE above 0, usually 2",
+    "temperature": "a number above 0, usually 2",
+    "delta_rank": "the share of the full rank that is kept, such as 0.1",
+}
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,12 @@ def read_native_keys(context: Context) -> NativeKeys:
     if data is None:
         return NativeKeys()
     if not isinstance(data, dict):
-        context.refuse("E212", f"{show(data)} where the settings of surgeon are expected", (KEY,))
+        context.refuse(
+            "E212",
+            f"{show(data)} where the settings of surgeon are expected",
+            (KEY,),
+            f"a mapping with {', '.join(LEVELS[KEY])}",
+        )
         return NativeKeys()
     check_keys(context, (KEY,), "surgeon")
     given: dict[str, Any] = {}
@@ -51,7 +63,12 @@ def read_native_keys(context: Context) -> NativeKeys:
         given["sens"] = _number(context, (KEY, "sens"))
     if data.get("fim") is not None:
         if not isinstance(data["fim"], bool):
-            context.refuse("E212", f"fim is true or false, not {show(data['fim'])}", (KEY, "fim"))
+            context.refuse(
+                "E212",
+                f"fim is true or false, not {show(data['fim'])}",
+                (KEY, "fim"),
+                "write it without quotes",
+            )
         given["fim"] = data["fim"] is True
     if data.get("acm_estimator") is not None:
         if data["acm_estimator"] not in ESTIMATORS:
@@ -75,7 +92,7 @@ def read_native_keys(context: Context) -> NativeKeys:
 def _number(context: Context, path: KeyPath) -> float | None:
     value = context.at(path)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        context.refuse("E212", f"{path[-1]} is a number, not {show(value)}", path)
+        context.refuse("E212", f"{path[-1]} is a number, not {show(value)}", path, _NUMBERS[str(path[-1])])
         return None
     return float(value)
 
@@ -84,7 +101,12 @@ def _file(context: Context, path: KeyPath) -> str | None:
     """Return a file beside the YAML, or what is written: a path from here, or a dataset id."""
     text = context.document.source(path)
     if not text:
-        context.refuse("E212", f"{path[-1]} is a file name", path)
+        context.refuse(
+            "E212",
+            f"{path[-1]} is a file name, not {show(context.at(path))}",
+            path,
+            "a path beside this file, or one from the current folder",
+        )
         return None
     beside = Path(context.document.where(()).file or ".").parent / text
     return str(beside) if beside.exists() else text
@@ -96,7 +118,8 @@ def _calibration(context: Context) -> CalibrationSource:
     if data is None:
         return CalibrationSource()
     if not isinstance(data, dict):
-        context.refuse("E212", f"{show(data)} where {{source: FILE, samples: N}} is expected", place)
+        context.refuse("E212", f"{show(data)} where {{source: FILE, samples: N}} is expected", place,
+                       "such as calibration: {source: questions.jsonl, samples: 100}")  # fmt: skip
         return CalibrationSource()
     check_keys(context, place, "calibration")
     given: dict[str, Any] = {}
@@ -109,7 +132,9 @@ def _calibration(context: Context) -> CalibrationSource:
         if data.get(key) is not None:
             number = whole_number(data[key])
             if number is None:
-                context.refuse("E212", f"{key} is a whole number, not {show(data[key])}", (*place, key))
+                context.refuse(
+                    "E212", f"{key} is a whole number, not {show(data[key])}", (*place, key), "such as 128"
+                )
             else:
                 given[key] = number
     if data.get("pack") is not None:

@@ -147,7 +147,8 @@ def find(data: Any, words: str, where: Where) -> KeyPath:
                 raise _nowhere(words, parts[0], path, [str(i.get(named)) for i in here if isinstance(i, dict) and named in i]
                                or [str(n) for n in range(len(here))], where)  # fmt: skip
         else:
-            raise UsageError("E2002", f"{show('.'.join(map(str, path)))} is a value with nothing inside it, so {show(words)} names nothing", where=where)  # fmt: skip
+            raise UsageError("E2002", f"{show('.'.join(map(str, path)))} is a value with nothing inside it, so {show(words)} names nothing", where=where,
+                             help=f"--set {'.'.join(map(str, path))}=... puts another value there")  # fmt: skip
         path.append(key)
         parts = parts[used:]
         here = here.get(key) if isinstance(here, dict) else here[key]  # type: ignore[index]

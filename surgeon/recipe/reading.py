@@ -56,7 +56,12 @@ class Reading:
         value = self.at(path)
         source = self.document.source(path)
         if isinstance(value, (dict, list)) or value is None or source is None or not source.strip():
-            self.refuse("E224", f"{show(value)} where text is expected", path)
+            self.refuse(
+                "E224",
+                f"{show(value)} where text is expected",
+                path,
+                'one line of text, in quotes where it holds ": " or " #"',
+            )
             return None
         return source.strip()
 

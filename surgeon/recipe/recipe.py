@@ -91,6 +91,7 @@ class Recipe:
         file: as it was named.
         publish: id of the step whose model becomes the output; None when no step makes one.
         files: local files and folders that are read -> where they are named.
+        fuse: models between steps are handed on unwritten where that is possible.
     """
 
     name: str
@@ -106,6 +107,7 @@ class Recipe:
     files: tuple[tuple[Path, Where], ...] = ()
     points: tuple[Point, ...] = ()
     warnings: tuple[str, ...] = field(default=())
+    fuse: bool = False
 
     def step(self, name: str) -> Step:
         return next(step for step in self.steps if step.id == name)
@@ -141,6 +143,7 @@ class Recipe:
         found |= {"description": self.description} if self.description else {}
         found |= {
             "seed": self.seed,
+            **({"fuse": True} if self.fuse else {}),
             "models": {name: model.reference for name, model in self.models.items()},
             "steps": steps,
         }

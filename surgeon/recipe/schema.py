@@ -3,6 +3,8 @@
 The request models are the ones of the command line, so a recipe step takes what the command takes. Left out is what
 belongs to the machine or to the person who runs the recipe (threads, device, where things are written) and what
 could reach beyond the recipe (E2008): a recipe is data, from wherever it comes.
+
+The module can be called: ``surgeon.recipe.schema()`` is `surgeon.recipe.json_schema.json_schema`.
 """
 
 from __future__ import annotations
@@ -11,6 +13,10 @@ import functools
 import importlib
 from dataclasses import dataclass, field
 from typing import Any
+
+from surgeon.callable_package import make_callable
+
+make_callable(__name__, "surgeon.recipe.json_schema:json_schema")
 
 VERSION = 1
 
@@ -26,6 +32,7 @@ TOP = (
     "steps",
     "gates",
     "publish",
+    "fuse",
     "sweep",
 )
 DATA = ("dataset", "file", "config", "split", "samples", "sequence_length")

@@ -88,12 +88,17 @@ def _refuse_field(step: StepReading, name: str, error: Any) -> None:
     step.wrong.add(name)
     place = step.places.get(name, step.path)
     inner = [part for part in error["loc"] if isinstance(part, int)]
-    message = str(error["msg"])
+    message = str(error["msg"]).removeprefix("Value error, ")
     given = error.get("input")
     if error["type"] == "missing":
         step.refuse("E224", f"{step.verb.name} needs {name}", step.path, f"{name}: ...", key=True)
         return
-    step.refuse("E224", f"{name} is {show(given)}: {message[:1].lower()}{message[1:]}", (*place, *inner))
+    step.refuse(
+        "E224",
+        f"{name} is {show(given)}: {message[:1].lower()}{message[1:]}",
+        (*place, *inner),
+        f'"surgeon {step.verb.name} --help" says what each option takes',
+    )
 
 
 def _build(step: StepReading, values: dict[str, Any]) -> None:

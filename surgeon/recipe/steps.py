@@ -46,7 +46,16 @@ def read_steps(reading: Reading, names: Names, defaults: dict[str, Any], seed: i
             reading, names, VERBS[verb], identity or f"step {number + 1}", ("steps", number, verb), number
         )
         found.append(step.read(defaults, seed))
+        for used in {one.id for one in found if gguf_made(one)}.intersection(found[-1].uses):
+            reading.refuse("E2014", f"{step.identity} reads what {used} makes, a GGUF file, which only llama.cpp runs", step.path,
+                           "read the model it is made from: model: ID; quantize compares a GGUF file with its source by itself", key=True)  # fmt: skip
     return found
+
+
+def gguf_made(step: Step) -> bool:
+    """Say whether a step makes a GGUF file, not a folder."""
+    key = {"export": "to", "quantize": "format"}.get(step.verb)
+    return key is not None and step.options.get(key) == "gguf"
 
 
 class _Step(StepReading):
@@ -74,6 +83,7 @@ class _Step(StepReading):
         self._references()
         if self.verb.name == "eval":
             self._metrics()
+            self._decoding()
         validate(self)
         return Step(
             self.identity,
@@ -180,7 +190,8 @@ class _Step(StepReading):
     def _schemes(self, value: Any, place: KeyPath) -> None:
         texts = value if isinstance(value, list) else [value]
         if not all(isinstance(text, str) for text in texts):
-            self.refuse("E224", "schemes are names such as W4A16, or PATTERN=SCHEME", place)
+            self.refuse("E224", f"{show(next(t for t in texts if not isinstance(t, str)))} is no scheme", place,
+                        'names such as W4A16, or PATTERN=SCHEME; "surgeon methods quantize" lists all')  # fmt: skip
             return
         given = self.reading.at(self.path)
         targeted = "target" in given or any(name in given for name in TARGETS["quantize"].values())
@@ -210,7 +221,8 @@ class _Step(StepReading):
             value, place = self.options[name], self.places.get(name, self.path)
             if not isinstance(value, str):
                 if not isinstance(value, StepOutput) and value is not None:
-                    self.refuse("E224", f"{show(value)} where a model is named", place)
+                    self.refuse("E224", f"{show(value)} where a model is named", place,
+                                "a folder, org/name, the name of a model of this recipe, or the id of an earlier step")  # fmt: skip
                     del self.options[name]
                 continue
             if name == "vocab" and value in ("base", "union", "truncate"):
@@ -293,5 +305,16 @@ class _Step(StepReading):
                     here,
                     "questions: FILE.jsonl",
                 )
+
+    def _decoding(self) -> None:
+        """Permit decoding what a step of this recipe quantized: passes over text need plain numbers."""
+        model = self.options.get("model")
+        made = {identity for identity, verb in self.names.steps if verb == "quantize"}
+        if (
+            isinstance(model, StepOutput)
+            and model.step in made
+            and self.options.keys() & {"perplexity", "kl"}
+        ):
+            self.options.setdefault("dequantize", True)
 
     # ---- checks ----------------------------------------------------------------------------------

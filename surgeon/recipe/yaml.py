@@ -30,7 +30,7 @@ from typing import Any, Literal
 
 import yaml
 
-from surgeon.errors import UsageError, Where, raise_all
+from surgeon.errors import UsageError, Where, close_matches, raise_all
 from surgeon.scalars import plain_number, show
 
 MAX_BYTES = 1024 * 1024
@@ -143,9 +143,23 @@ def read_text(path: str | Path) -> str:
             content = stream.read(MAX_BYTES + 1)
     except OSError as error:
         raise UsageError(
-            "E250", f"cannot read {path}: {error.strerror}", where=Where(file=str(path))
+            "E250",
+            f"cannot read {path}: {error.strerror}",
+            where=Where(file=str(path)),
+            help=_way(path, error),
         ) from None
     return decode(content, str(path))
+
+
+def _way(path: str | Path, error: OSError) -> str:
+    if isinstance(error, FileNotFoundError):
+        near = close_matches(Path(path).name, (p.name for p in Path(path).parent.glob("*.y*ml")))
+        return (
+            near or 'paths start from the current folder; "surgeon recipe list" shows the recipes that ship'
+        )
+    return (
+        "give a YAML file" if isinstance(error, IsADirectoryError) else "give a file that this user can read"
+    )
 
 
 def decode(text: str | bytes, file: str | None = None) -> str:
@@ -410,7 +424,7 @@ def _unprintable(text: str, error: Any, file: str | None) -> UsageError:
 def _syntax(text: str, error: yaml.MarkedYAMLError, file: str | None) -> UsageError:
     mark = error.problem_mark or error.context_mark
     problem = (error.problem or error.context or "syntax error").replace("\n", " ")[:200]
-    fix = None
+    fix = "the place shown is where reading stopped: look there and on the line before"
     if mark is not None and text[mark.index : mark.index + 1] == "\t":
         problem, fix = "a tab where only spaces are allowed", "indent with spaces"
     elif mark is not None and text[mark.index : mark.index + 1] in ("@", "`", "%", "*", "&", "!", "|", ">"):

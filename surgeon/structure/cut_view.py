@@ -52,8 +52,8 @@ class CutView:
         self.label = checkpoint.label
         self.folder = checkpoint.folder
         self.adapter_folder = getattr(checkpoint, "adapter_folder", None)
-        extra = [h for h in (solved.headers if solved is not None else ()) if h not in checkpoint.headers]
-        self.headers = (*checkpoint.headers, *extra)
+        # What was solved follows from the model and the request: `identity` covers it, a manifest does not name its file.
+        self.headers = checkpoint.headers
         self.outputs = dict(_outputs(structure, cut))
         if solved is not None:
             self._check_solved(solved)

@@ -308,6 +308,33 @@ def test_a_sweep_publishes_the_points_that_pass(scratch, calls):
     assert again["unchanged"] and len(calls) == 3
 
 
+def test_the_baseline_of_a_sweep_is_measured_once(scratch, calls):
+    texts(scratch)
+    questions = scratch / "questions.jsonl"
+    questions.write_text(
+        "".join(json.dumps({"question": f"Add {n}+2.", "answer": n + 2}) + "\n" for n in range(3))
+    )
+    scores = (
+        "  - id: scores\n    eval: {model: merged, baseline: long, questions: ./questions.jsonl, max_new_tokens: 8,"
+        " perplexity: ./texts.jsonl, metrics: [kl, accuracy, answer_length]}\n"
+    )
+    gates = "gates: [answer_length <= 2 * baseline, bytes <= 2 * baseline, perplexity <= 2 * baseline]\n"
+    alone = go(recipe(scratch, scores, gates, name="alone.yaml"), scratch / "alone")
+    assert alone["gates"] and alone["published"] and calls == ["merge", "eval"]
+    sweep = "sweep: {steps.merged.merge.models.0.weight: [0.4, 1.0]}\n"
+    document = go(recipe(scratch, scores, gates, sweep), scratch / "out")
+    assert calls[2:] == ["merge", "eval", "eval", "merge", "eval"]
+    (kept,) = (scratch / "out.work" / "baselines").glob("*.json")
+    assert json.loads(kept.read_bytes())["model"]["name"] == "long"
+    own = document["points"][1]
+    measured = {gate["gate"]: (gate["value"], gate["baseline"], gate["passed"]) for gate in own["gates"]}
+    # The recipe without a sweep has weight 1 as well, and measured its baseline beside the model.
+    assert measured == {
+        gate["gate"]: (gate["value"], gate["baseline"], gate["passed"]) for gate in alone["gates"]
+    }
+    assert all(passed and baseline > 0 for _, baseline, passed in measured.values())
+
+
 def test_a_sweep_of_which_no_point_passes(scratch):
     path = recipe(scratch, "gates: [bytes <= 1]\nsweep: {steps.merged.merge.models.0.weight: [0.5, 1.0]}\n")
     document = go(path, scratch / "out")

@@ -378,7 +378,7 @@ class _Run:
 
     def view(self) -> SparseView:
         files = [self._file(layer) for layer in range(len(self.layers)) if self.layers[layer]]
-        return SparseView(self.checkpoint, files, self.key)
+        return SparseView(self.checkpoint, files)
 
     def record(self) -> dict[str, Any]:
         """Return what was done, as plain data without paths."""

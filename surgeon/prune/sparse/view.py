@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ import numpy as np
 from surgeon.checkpoint.checkpoint import Checkpoint, StoredCheckpoint, open_path
 from surgeon.checkpoint.header import TensorInfo
 
+HASHED_BYTES = 1 << 24
+"""Bytes of a layer's file hashed at a time."""
+
 
 class SparseView:
     """A Checkpoint: ``model`` with tensors of the same shapes and types taken from files.
@@ -19,10 +23,9 @@ class SparseView:
     Args:
         model: the dense model.
         files: safetensors files, by layer; every tensor of theirs replaces the model's.
-        key: what their values depend on; equal keys mean equal values.
     """
 
-    def __init__(self, model: Checkpoint, files: Sequence[Path], key: str) -> None:
+    def __init__(self, model: Checkpoint, files: Sequence[Path]) -> None:
         self._model = model
         self.label = model.label
         self.folder = model.folder
@@ -31,7 +34,6 @@ class SparseView:
         self.adapter_folder = getattr(model, "adapter_folder", None)
         self.tensors: dict[str, TensorInfo] = dict(model.tensors)
         self._stored: dict[str, StoredCheckpoint] = {}
-        digest = hashlib.sha256(f"sparse view 1 {getattr(model, 'identity', '')} {key}".encode())
         for file in files:
             opened = open_path(file)
             for name, info in opened.tensors.items():
@@ -42,8 +44,17 @@ class SparseView:
                     )
                 self._stored[name] = opened
                 self.tensors[name] = info
-                digest.update(name.encode() + b"\0")
-        self.identity = digest.hexdigest()
+
+    @cached_property
+    def identity(self) -> str:
+        """Digest of what the files hold, for the id of a plan: it must not depend on when they were made."""
+        digest = hashlib.sha256(f"sparse view 2 {getattr(self._model, 'identity', '')}\0".encode())
+        for name, opened in self._stored.items():
+            digest.update(name.encode() + b"\0")
+            nbytes = self.tensors[name].nbytes
+            for start in range(0, nbytes, HASHED_BYTES):
+                digest.update(opened.read_bytes(name, start, min(start + HASHED_BYTES, nbytes)).data)
+        return digest.hexdigest()
 
     def changed(self) -> list[str]:
         """Return the tensors that are not the model's own, sorted."""
