@@ -1,6 +1,7 @@
 """surgeon: model surgery on LLM checkpoints.
 
-The public functions are loaded on first use, so that ``import surgeon`` stays light.
+Every command is a function of this package, with the same options: `surgeon.merge`, `surgeon.prune`, ... They are loaded
+on first use, so that ``import surgeon`` stays light; ``__init__.pyi`` tells them to type checkers and editors.
 """
 
 from __future__ import annotations
@@ -18,19 +19,30 @@ _PUBLIC = {
     "quantize": "surgeon.api",
     "measure": "surgeon.api",
     "export": "surgeon.api",
+    "report": "surgeon.api",
+    "doctor": "surgeon.api",
     "push": "surgeon.deploy.push",
     "run": "surgeon.pipeline.run",
+    "methods": "surgeon.python.catalogue",
+    "explain": "surgeon.python.catalogue",
+    "clean": "surgeon.python.cleaning",
+    "bars": "surgeon.cli.bars",
+    "Progress": "surgeon.python.progress",
+    "Result": "surgeon.python.results",
     "SurgeonError": "surgeon.errors",
 }
+_PACKAGES = {"recipe"}
 
-__all__ = ["__version__", *sorted(_PUBLIC)]
+__all__ = ["__version__", *sorted({*_PUBLIC, *_PACKAGES})]
 
 
 def __getattr__(name: str):
-    if name in _PUBLIC:
-        import importlib
+    import importlib
 
+    if name in _PUBLIC:
         return getattr(importlib.import_module(_PUBLIC[name]), name)
+    if name in _PACKAGES:
+        return importlib.import_module(f"surgeon.{name}")
     raise AttributeError(f"module 'surgeon' has no attribute {name!r}")
 
 

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
 from surgeon.checkpoint.header import printable
 from surgeon.checkpoint.source import locate
 from surgeon.derive import Source
-from surgeon.errors import EnvironmentFault, InputError, OutputConflict, SurgeonError, UsageError, Where
+from surgeon.errors import (
+    EnvironmentFault,
+    InputError,
+    OutputConflict,
+    SurgeonError,
+    UsageError,
+    Where,
+    wrong_options,
+)
 from surgeon.execute import Check, Outcome, execute, preflight
 from surgeon.execute import input_locations as _inputs
 from surgeon.merge.measured import Measured
@@ -25,6 +34,23 @@ from surgeon.merge.request import MergeRequest, Resolved, resolve
 from surgeon.merge.spec import MergeSpec
 from surgeon.output import staging
 from surgeon.plan import Plan
+from surgeon.python import edited, findings, merged
+from surgeon.python.options import (
+    EditOptions,
+    EvaluateOptions,
+    ExpertOptions,
+    ExportOptions,
+    MeasureOptions,
+    MergeOptions,
+    PathLike,
+    PruneOptions,
+    QuantizeOptions,
+    plain,
+    takes,
+)
+from surgeon.python.progress import Progress, Say, counted, of_three, telling
+from surgeon.python.rendering import View
+from surgeon.python.results import Document, Merged, Report, Result, Shown
 from surgeon.system import physical_cores
 
 if TYPE_CHECKING:
@@ -32,7 +58,7 @@ if TYPE_CHECKING:
     from surgeon.checkpoint.header import TensorInfo
     from surgeon.verify import readers
     from surgeon.verify.readers import Reading
-    from surgeon.verify.static import Report
+    from surgeon.verify.static import Report as Checked
 
 
 @dataclass
@@ -61,7 +87,7 @@ class MergePlan:
         work: Path | str | None = None,
         threads: int | None = None,
         memory_limit: int | None = None,
-        progress: Callable[[str, int, int], None] | None = None,
+        progress: Progress | None = None,
         stop: threading.Event | None = None,
     ) -> MergePlan:
         """Measure what the adjustments need and return the plan with the values in it.
@@ -82,7 +108,7 @@ class MergePlan:
         folder = Path(work) if work else _work_beside(Path(output) if output else self.default_output)
         measured = measure(
             spec, models, folder, seed=request.seed, offline=request.offline,
-            memory_limit=memory_limit, threads=threads or physical_cores(), progress=progress, stop=stop,
+            memory_limit=memory_limit, threads=threads or physical_cores(), progress=of_three(progress), stop=stop,
         )  # fmt: skip
         return _plan(spec, request, self.resolved, self.title, measured)
 
@@ -115,7 +141,7 @@ class MergePlan:
         memory_limit: int | None = None,
         overwrite: bool = False,
         resume: bool = True,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress | None = None,
         stop: threading.Event | None = None,
     ) -> Outcome:
         """Execute and publish; see `surgeon.execute.execute`. Adjustments that need it must be measured."""
@@ -124,7 +150,7 @@ class MergePlan:
         destination = Path(output) if output else self.default_output
         outcome = execute(
             self.plan, destination, threads=threads or physical_cores(), overwrite=overwrite, resume=resume,
-            memory_limit=memory_limit, progress=progress, stop=stop,
+            memory_limit=memory_limit, progress=counted(of_three(progress), "merging"), stop=stop,
         )  # fmt: skip
         if self.resolved is not None and self.resolved.spec.adjust.measured:
             folder = _work_beside(destination)
@@ -181,29 +207,70 @@ def _plan(
     return MergePlan(plan, list(resolved.notes), default, needs, request, replace(resolved, spec=spec), title)
 
 
+@overload
 def merge(
-    models: list[Any] | tuple[Any, ...] | str | Path,
+    models: Sequence[Mapping[str, Any]],
+    *,
+    method: str = "linear",
+    threads: int | None = None,
+    progress: Progress | None = None,
+    **options: Unpack[MergeOptions],
+) -> dict[str, Any]: ...
+
+
+@overload
+def merge(
+    models: PathLike | Sequence[PathLike],
     *,
     method: str = "linear",
     output: str | Path | None = None,
     overwrite: bool = False,
     resume: bool = True,
+    dry_run: bool = False,
     threads: int | None = None,
     memory_limit: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
     work: str | Path | None = None,
+    progress: Progress | None = None,
+    stop: threading.Event | None = None,
+    **options: Unpack[MergeOptions],
+) -> Merged: ...
+
+
+@takes(MergeOptions)
+@telling
+def merge(
+    models: Any,
+    *,
+    method: str = "linear",
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    resume: bool = True,
+    dry_run: bool = False,
+    threads: int | None = None,
+    memory_limit: int | None = None,
+    work: str | Path | None = None,
+    progress: Progress | None = None,
     stop: threading.Event | None = None,
     **options: Any,
-) -> Outcome | dict[str, Any]:
-    """Merge checkpoints; the options are those of ``surgeon merge`` with underscores.
+) -> Merged | dict[str, Any]:
+    """Merge checkpoints, or run a mergekit YAML; the options of ``surgeon merge``.
 
     Args:
-        models: paths or hub ids; or state dicts of NumPy arrays or torch tensors, which give a state
-            dict of the same kind (a sweep gives one for each point, by name).
-        method: see ``surgeon methods merge``.
+        models: paths or hub ids, or one mergekit YAML; or state dicts of NumPy arrays or torch tensors, which give a
+            state dict of the same kind (a sweep gives one for each point, by name).
+        method: see ``surgeon.methods("merge")``.
         output: folder, or file for bare files; default ``merged`` or ``merged.safetensors``.
+        overwrite: replace a previous model as a whole.
+        resume: continue a matching interrupted run.
+        dry_run: plan, check and estimate; write nothing.
         work: folder in which measurements of adjustments (AIM, ACM...) are kept and used again.
+        progress: see `surgeon.python.progress.Progress`.
+        stop: set it to stop after the work in progress; the same call goes on.
         options: any field of `surgeon.merge.request.MergeRequest`, ``lambda_`` for lambda.
+
+    Returns:
+        `Merged`: the document of ``surgeon merge --json``, with ``path``, ``manifest``, ``report()``; of state dicts
+        a state dict.
 
     Raises:
         SurgeonError: as the command would; see `surgeon.errors`.
@@ -211,29 +278,92 @@ def merge(
     Example:
         >>> surgeon.merge(["long", "short"], method="ties", output="merged")  # doctest: +SKIP
     """
-    if isinstance(models, (str, Path)):
+    if isinstance(models, (str, os.PathLike)):
         models = [models]
     if any(isinstance(m, Mapping) for m in models):
-        return _merge_states(models, output, threads, progress, method=method, **options)
-    request = build_request(models=tuple(str(m) for m in models), method=method, **options)
+        return _merge_states(models, output, threads, counted(progress, "merging"), method=method, **options)
+    options = plain(options, MergeRequest)
+    running: dict[str, Any] = {
+        "overwrite": overwrite, "resume": resume, "dry_run": dry_run, "threads": threads, "memory_limit": memory_limit,
+        "work": work, "stop": stop, "progress": progress,
+    }  # fmt: skip
+    names = tuple(os.fspath(m) for m in models)
+    if len(names) == 1 and names[0].endswith((".yml", ".yaml")):
+        if method != "linear":
+            raise UsageError("E208", "method cannot be combined with a YAML file", help="set merge_method in the YAML")  # fmt: skip
+        return _merge_file(names[0], output, options, running)
+    request = build_request(models=names, method=method, **options)
     planned = plan_merge(request, title=Path(output).stem if output else "merged")
-    if output is None and planned.default_output.exists() and not overwrite:
-        raise OutputConflict(
-            "E601", f"the output exists: {planned.default_output}", help="give output=, or overwrite=True"
+    return _run_planned(planned, output, **running)
+
+
+def _merge_file(
+    file: str, output: str | Path | None, options: Mapping[str, Any], running: dict[str, Any], say: Say | None = None
+) -> Merged:  # fmt: skip
+    """Run a mergekit YAML: one merge, or several documents that use each other's results."""
+    own = MergeRequest.model_fields.keys() - _OF_YAML
+    given = sorted(name for name in options if name.rstrip("_") in own or name in own)
+    if given:
+        raise UsageError("E208", f"{', '.join(given)} cannot be combined with a YAML file",
+                         help="set it in the YAML, or name the models instead of the file")  # fmt: skip
+    from surgeon.python import mergekit
+
+    specs, remarks = mergekit.read(file, bool(options.get("strict")))
+    request = build_request(models=(), method="linear", **options)
+    final = Path(output) if output is not None else None
+
+    def make(spec: MergeSpec, place: Path | None) -> Merged:
+        title = spec.name or (final.stem if final else "merged")
+        return _run_planned(plan_spec(spec, request, title=title), place, **running)
+
+    if len(specs) == 1:
+        found = make(specs[0], final)
+    else:
+        found = Merged(
+            mergekit.run_documents(specs, final or Path("merged"), make, dry_run=running["dry_run"], say=say)
         )
-    planned = planned.measure(
-        output, work=work, threads=threads, memory_limit=memory_limit, stop=stop,
-        progress=None if progress is None else lambda _, done, total: progress(done, total),
-    )  # fmt: skip
-    return planned.run(
-        output,
-        stop=stop,
-        threads=threads,
-        memory_limit=memory_limit,
-        overwrite=overwrite,
-        resume=resume,
-        progress=progress,
+    found["warnings"] = [*remarks, *found["warnings"]]
+    return found
+
+
+_OF_YAML = frozenset(
+    {
+        "max_shard_size", "seed", "weights", "ignore_unlisted", "allow_nonfinite", "mergekit_quirks", "strict", "offline",
+        "dequantize", "chat_template", "allow_pickle", "acm_estimator", "calibration", "samples", "sequence_length", "pack",
+        "device", "models", "method",
+    }
+)  # fmt: skip
+"""Options that surround a mergekit YAML; what it says itself, it says alone."""
+
+
+def _run_planned(
+    planned: MergePlan, output: str | Path | None, *, overwrite: bool, resume: bool, dry_run: bool, threads: int | None,
+    memory_limit: int | None, work: str | Path | None, progress: Progress | None, stop: threading.Event | None,
+) -> Merged:  # fmt: skip
+    """Check, measure and run a planned merge."""
+    if planned.request is not None and planned.request.strict and planned.warnings:
+        raise UsageError("E220", f"strict: {planned.warnings[0]}", help="change what the warning names, or leave out strict")  # fmt: skip
+    destination = Path(output) if output is not None else planned.default_output
+    if output is None and destination.exists() and not overwrite:
+        raise OutputConflict(
+            "E601", f"the output exists: {destination}", help="give output=, or overwrite=True"
+        )
+    # What is there may be this very result: then the run ends at once, which execute() decides.
+    check = planned.check(
+        destination, threads=threads, memory_limit=memory_limit, overwrite=overwrite or not dry_run
     )
+    described = merged.describe(planned.plan, check)
+    if dry_run:
+        return Merged(merged.rehearsed(planned, described, destination))
+    measured = planned.measure(
+        output, work=work, threads=threads, memory_limit=memory_limit, stop=stop, progress=progress
+    )
+    if measured is not planned:
+        described |= {"id": measured.plan.plan_id(), "measured": measured.plan.recipe.get("measured")}
+    outcome = measured.run(
+        output, stop=stop, threads=threads, memory_limit=memory_limit, overwrite=overwrite, resume=resume, progress=progress
+    )  # fmt: skip
+    return Merged(merged.written(measured, described, outcome), outcome)
 
 
 def _merge_states(models, output, threads, progress, **options: Any) -> dict[str, Any]:
@@ -259,16 +389,13 @@ def build_request(**values: Any) -> MergeRequest:
     try:
         return MergeRequest(**{k: v for k, v in values.items() if v is not None})
     except ValidationError as error:
-        findings = [
-            UsageError("E212", f"{'.'.join(map(str, e['loc'])) or 'request'}: {e['msg']}")
-            for e in error.errors()
-        ]
-        findings[0].others = tuple(findings[1:])
-        raise findings[0] from None
+        raise wrong_options(
+            error.errors(), code="E212", verb="merge", known=MergeRequest.model_fields
+        ) from None
 
 
-@dataclass
-class Inspection:
+@dataclass(repr=False)
+class Inspection(Shown):
     """What `inspect` found.
 
     Attributes:
@@ -278,6 +405,7 @@ class Inspection:
         layers: one group per layer.
         experts: one entry per layer with experts.
         config: the parsed config.json, or None.
+        routing: what is known about experts, where it was asked for.
     """
 
     summary: inspection.Summary
@@ -286,10 +414,14 @@ class Inspection:
     layers: list[inspection.Group]
     experts: list[inspection.ExpertLayer]
     config: dict[str, Any] | None
+    routing: dict[str, Any] | None = None
+
+    def view(self) -> View:
+        return findings.of_inspection(self)
 
 
-@dataclass
-class Difference:
+@dataclass(repr=False)
+class Difference(Shown):
     """What `diff` found; ``a`` is compared with ``b``, the reference.
 
     Attributes:
@@ -323,13 +455,16 @@ class Difference:
         found = (self.structure.differs, settings, self.tokenizer, self.chat_template, self.tensors_differ)
         return any(map(bool, found))
 
+    def view(self) -> View:
+        return findings.of_difference(self)
 
-@dataclass
-class Verification:
+
+@dataclass(repr=False)
+class Verification(Shown):
     """What `verify` found; ``errors`` is empty when every check passed."""
 
     path: Path
-    report: Report
+    report: Checked
     reading: Reading | None = None
     against: dict[str, Any] | None = None
     decoded: dict[str, Any] | None = None
@@ -342,6 +477,14 @@ class Verification:
     @property
     def warnings(self) -> list[str]:
         return [*self.report.warnings, *(self.reading.warnings if self.reading else [])]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check passed."""
+        return not self.errors
+
+    def view(self) -> View:
+        return findings.of_verification(self)
 
 
 @contextlib.contextmanager
@@ -368,7 +511,9 @@ def open_model(
         opened = open_models([reference], opening)[reference]
     except OSError as error:
         raise EnvironmentFault(
-            "E502", f"cannot read {printable(str(model))}: {error.strerror or error}"
+            "E502",
+            f"cannot read {printable(str(model))}: {error.strerror or error}",
+            help="give a path that this user can read",
         ) from error
     try:
         yield opened
@@ -378,14 +523,19 @@ def open_model(
             close()
 
 
+@takes(ExpertOptions)
+@telling
 def inspect(
     model: str | Path,
     *,
     tensors: str | None = None,
     stats: bool = False,
+    experts: bool = False,
     offline: bool = False,
     threads: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
+    stop: threading.Event | None = None,
+    **options: Unpack[ExpertOptions],
 ) -> Inspection:
     """Say what a checkpoint holds. Reads headers and JSON; with ``stats`` also the values, once.
 
@@ -393,9 +543,17 @@ def inspect(
         model: path or hub id, MODEL+ADAPTER.
         tensors: a name, glob or re:REGEX: list only these tensors; statistics cover only these, too.
         stats: norms, largest magnitudes, means, zeros and non-finite values.
+        experts: how tokens are routed (with ``calibration``) and how like the weights are (with ``stats``); the
+            further options are those of `inspect_experts`, and the answer is ``routing``.
+        progress: see `surgeon.python.progress.Progress`.
     """
     from surgeon import inspection
     from surgeon.checkpoint.patterns import select
+
+    if options and not experts:
+        raise UsageError(
+            "E206", f"{', '.join(options)} only has an effect with experts", help="add experts=True"
+        )
 
     with open_model(model, offline=offline) as opened:
         checkpoint = opened.checkpoint
@@ -406,21 +564,27 @@ def inspect(
         if stats:
             inspection.require_values(checkpoint)
             figures = inspection.statistics(
-                checkpoint, names, threads=threads or physical_cores(), progress=progress
+                checkpoint, names, threads=threads or physical_cores(), progress=counted(progress, "reading")
             )
-        return Inspection(
+        answer = Inspection(
             found, chosen, figures, inspection.by_layer(chosen, figures), inspection.expert_layers(chosen),
             checkpoint.config,
         )  # fmt: skip
+    if experts:
+        answer.routing = inspect_experts(
+            model, stats=stats, offline=offline, threads=threads, progress=progress, stop=stop, **options
+        )
+    return answer
 
 
+@telling
 def inspect_experts(
     model: str | Path,
     *,
     calibration: Sequence[str] | None = None,
     stats: bool = False,
-    expert_record: str | Path | None = None,
-    scores: str | Path | None = None,
+    expert_record: PathLike | None = None,
+    scores: PathLike | None = None,
     samples: int = 128,
     sequence_length: int = 2048,
     seed: int = 0,
@@ -435,7 +599,7 @@ def inspect_experts(
     threads: int | None = None,
     memory_limit: int | None = None,
     offline: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
     stop: threading.Event | None = None,
 ) -> dict[str, Any]:
     """Say what is known about a model's experts; the options of ``surgeon inspect --experts``.
@@ -462,7 +626,9 @@ def inspect_experts(
 
         if calibration is None:
             if stats:
-                return analysis.analyse_weights(checkpoint, experts, progress=progress, stop=stop).document
+                return analysis.analyse_weights(
+                    checkpoint, experts, progress=counted(progress, "looking at experts"), stop=stop
+                ).document
             return analysis.named(checkpoint, experts)
         from surgeon.calibrate.settings import Settings
         from surgeon.data.records import parse_sources
@@ -477,7 +643,8 @@ def inspect_experts(
             run, experts if run is checkpoint else experts_of(run, experts.record), parse_sources(list(calibration)),
             Settings(device=device, dtype=calibration_dtype, threads=threads, memory_limit=memory_limit),
             samples=samples, sequence_length=sequence_length, seed=seed, offline=offline, measure=measure, windows=tuple(windows),
-            keep=keep_experts, criterion=criterion.replace("-", "_"), markers=tuple(markers), weights=stats, progress=progress, stop=stop,
+            keep=keep_experts, criterion=criterion.replace("-", "_"), markers=tuple(markers), weights=stats,
+            progress=counted(progress, "looking at experts"), stop=stop,
         )  # fmt: skip
         if scores is not None and found.statistics is not None:
             found.statistics.save(Path(scores).expanduser())
@@ -496,6 +663,7 @@ def propose_experts(model: str | Path, *, offline: bool = False) -> tuple[Any, l
         return propose(opened.checkpoint)
 
 
+@telling
 def diff(
     first: str | Path,
     second: str | Path,
@@ -507,7 +675,7 @@ def diff(
     dequantize: bool = False,
     offline: bool = False,
     threads: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Difference:
     """Compare two checkpoints; ``second`` is the reference.
 
@@ -570,7 +738,7 @@ def diff(
                     )
             figures = comparison.compare_values(
                 ours.checkpoint, theirs.checkpoint, names, base=reference, anatomy=anatomy,
-                threads=threads or physical_cores(), progress=progress,
+                threads=threads or physical_cores(), progress=counted(progress, "comparing"),
             )  # fmt: skip
         labels = str(ours.ref), str(theirs.ref)
     return Difference(labels, found, config, generation, tokenizer, template, figures, notes)
@@ -605,6 +773,7 @@ def _compare_tokenizers(first: Path, second: Path, notes: list[str]) -> str | No
     return f"{found.sizes[0]:,} / {found.sizes[1]:,} tokens, {len(found.ids):,} ids differ ({what}): {shown}"
 
 
+@telling
 def verify(
     model: str | Path,
     *,
@@ -619,6 +788,7 @@ def verify(
     ignore_unlisted: bool = False,
     offline: bool = False,
     threads: int | None = None,
+    progress: Progress | None = None,
 ) -> Verification:
     """Check a model; findings are returned, not raised.
 
@@ -629,6 +799,7 @@ def verify(
         generate: greedy tokens with and without the cache, tokenizer round trips, the chat template.
         against: another model folder: compare tensors, and logits on fixed tokens.
         tolerance: with ``against``: the largest relative difference of the logits that passes.
+        progress: see `surgeon.python.progress.Progress`; one step for each of the checks.
 
     Raises:
         UsageError: the model is an adapter, or a bare file that should be loaded.
@@ -645,12 +816,17 @@ def verify(
         path = locate(reference.path, reference.revision, reference.subfolder, offline=offline).path
         if load or generate or against is not None:
             readers.require(path)
+        tell = _steps_of(load or generate, against is not None, progress)
+        tell(0)
         report = verify_path(path, hashes=hashes, values=values, ignore_unlisted=ignore_unlisted)
     except OSError as error:
         raise EnvironmentFault(
-            "E502", f"cannot read {printable(str(model))}: {error.strerror or error}"
+            "E502",
+            f"cannot read {printable(str(model))}: {error.strerror or error}",
+            help="give a path that this user can read",
         ) from error
     found = Verification(path, report)
+    tell(1)
     if report.errors or not (load or generate or against):
         return found  # a reader fills what is missing with random numbers: nothing it says would count
     other = None
@@ -673,6 +849,8 @@ def verify(
             "structure_differs": result.structure.differs,
             "max_abs": max((v.max_abs for v in (result.values or {}).values()), default=0.0),
         }  # fmt: skip
+    if against is not None:
+        tell(2)
     found.reading = readers.read_with_transformers(
         path, generate=generate, against=other, timeout=timeout or readers.TIMEOUT, memory_limit=memory_limit,
         own_code=_own_code(path, *([other] if other is not None else [])),
@@ -683,9 +861,23 @@ def verify(
     if tolerance is not None and logits and logits["relative"] > tolerance:
         found.reading.errors.append(
             InputError("E363", f"the logits differ by {logits['relative']:.3g} (relative), above {tolerance:g}",
-                       where=Where(str(path)))
+                       where=Where(str(path)), help="--tolerance sets how much may differ; models that should be equal differ by roundings only")
         )  # fmt: skip
+    tell(3 if against is not None else 2)
     return found
+
+
+def _steps_of(load: bool, against: bool, progress: Progress | None) -> Callable[[int], None]:
+    """Return what tells how many steps of a check are done."""
+    names = ["checking files and values"]
+    names += ["comparing tensors"] if against else []
+    names += ["loading"] if load or against else []
+
+    def tell(done: int) -> None:
+        if progress is not None:
+            progress(names[min(done, len(names) - 1)], done, len(names))
+
+    return tell
 
 
 def _compare_decoded(found: Verification, *, memory_limit: int | None) -> None:
@@ -756,7 +948,10 @@ def _compare_masked(
     except (KeyError, TypeError, ValueError) as error:
         found.findings.append(
             InputError(
-                "E408", f"pruning.json is damaged: {type(error).__name__}", where=Where(str(found.path))
+                "E408",
+                f"pruning.json is damaged: {type(error).__name__}",
+                where=Where(str(found.path)),
+                help="prune the source again; without --against the folder is verified without its report",
             )
         )
         return
@@ -772,7 +967,8 @@ def _compare_masked(
     }  # fmt: skip
     if not result.equal:
         found.findings.append(InputError("E409", f"its logits differ from those of the source with the dropped experts masked by {result.max_difference:.3g}, "
-                                         f"more than roundings explain ({result.tolerance:.2g})", where=Where(str(found.path))))  # fmt: skip
+                                         f"more than roundings explain ({result.tolerance:.2g})", where=Where(str(found.path)),
+                                          help="was it pruned from this --against? then files changed since: surgeon verify MODEL, or prune again"))  # fmt: skip
 
 
 def _own_code(*folders: Path) -> dict[Path, readers.OwnCode]:
@@ -789,34 +985,45 @@ def _own_code(*folders: Path) -> dict[Path, readers.OwnCode]:
     }  # fmt: skip
 
 
+@takes(EvaluateOptions)
+@telling
 def evaluate(
     model: str | Path,
     *,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
     stop: threading.Event | None = None,
-    **options: Any,
-) -> dict[str, Any]:
+    **options: Unpack[EvaluateOptions],
+) -> Result:
     """Measure a model: accuracy, tokens per answer, perplexity, divergence; the options of ``surgeon eval``.
 
     Args:
         model: folder or hub id.
-        progress: called with (what is being done, done, total).
-        options: any field of `surgeon.evaluate.request.EvalRequest`.
+        progress: see `surgeon.python.progress.Progress`.
+        options: any field of `surgeon.evaluate.request.EvalRequest`; ``output`` keeps the result in a file.
 
     Returns:
-        The result document, as ``surgeon eval --json`` prints it. Gates that fail are in it, not raised.
+        `Result`: the document ``surgeon eval --json`` prints. Gates that fail are in it (``passed``), not raised.
 
     Example:
         >>> surgeon.evaluate("merged", questions=("q.jsonl",), baseline="long")  # doctest: +SKIP
     """
     from surgeon.evaluate import request, run
 
-    return run.evaluate(request.build(model=str(model), **options), progress, stop)
+    asked = request.build(model=str(model), **plain(options, request.EvalRequest))
+    found = run.evaluate(asked, progress, stop)
+    run.save(found, asked)
+    return Result("eval", found, asked.result_file())
 
 
 @contextlib.contextmanager
-def open_source(model: str | Path, **opening: Any) -> Iterator[Source]:
-    """Open the one model that something is derived from; ``opening`` as in `open_model`."""
+def open_source(model: str | Path | Source, **opening: Any) -> Iterator[Source]:
+    """Open the one model that something is derived from; ``opening`` as in `open_model`.
+
+    A source that is open already, such as a step's result that was not written, is given as it is and stays open.
+    """
+    if isinstance(model, Source):
+        yield model
+        return
     with open_model(model, **opening) as opened:
         yield Source(
             opened.key, opened.checkpoint, opened.ref.path, opened.located.repo, opened.located.commit
@@ -832,6 +1039,8 @@ def default_output(model: str | Path, ending: str) -> Path:
     return Path(f"{str(model).rpartition('/')[2].partition('@')[0]}-{ending}")
 
 
+@takes(PruneOptions)
+@telling
 def prune(
     model: str | Path = ".",
     output: str | Path | None = None,
@@ -839,23 +1048,23 @@ def prune(
     overwrite: bool = False,
     resume: bool = True,
     dry_run: bool = False,
-    progress: Callable[[str, int, int], None] | None = None,
-    say: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
+    say: Say | None = None,
     stop: threading.Event | None = None,
-    **options: Any,
-) -> dict[str, Any]:
+    **options: Unpack[PruneOptions],
+) -> Result:
     """Prune a model to a speedup, a size or a share; the options of ``surgeon prune``.
 
     Args:
         model: folder or hub id.
         output: folder of the result; default NAME-pruned beside the model.
-        progress: called with (what is being done, done, total).
+        progress: see `surgeon.python.progress.Progress`.
         say: called with one sentence at a time.
         options: any field of `surgeon.prune.request.PruneRequest`; for mixtures of experts of
             `surgeon.prune.experts.request.ExpertRequest`.
 
     Returns:
-        The document ``surgeon prune --json`` prints: members with sizes, measured speedup and held-out quality.
+        `Result`: the document ``surgeon prune --json`` prints: members with sizes, measured speedup, held-out quality.
 
     Example:
         >>> surgeon.prune("model", target_speedup=1.5)  # doctest: +SKIP
@@ -867,45 +1076,46 @@ def prune(
     if str(model) == "." and not Path("config.json").is_file():
         raise UsageError("E204", "no model was named, and the current folder holds none", help="surgeon prune MODEL --target-speedup 1.5")  # fmt: skip
     destination = Path(output) if output else default_output(model, "pruned")
+    asked = plain(options, requests.PruneRequest, expert_requests.ExpertRequest)
     how: dict[str, Any] = {
         "overwrite": overwrite, "resume": resume, "dry_run": dry_run, "progress": progress, "say": say, "stop": stop
     }  # fmt: skip
-    method = str(options.get("method") or "").replace("_", "-").lower()
+    method = str(asked.get("method") or "").replace("_", "-").lower()
     if method and method not in expert_requests.METHODS:
         # What is wrong with a request shows before the model is looked for.
-        request = requests.build(model=str(model), **options)
+        request = requests.build(model=str(model), **asked)
         with open_source(model, offline=request.offline, dequantize=request.dequantize) as source:
             _tell_decoded(source, say)
             from surgeon.prune import run
 
-            return run.prune(request, source, destination, **how)
+            return Result("prune", run.prune(request, source, destination, **how))
     if method:
-        expert_request = expert_requests.build(model=str(model), **options)
+        expert_request = expert_requests.build(model=str(model), **asked)
         with open_source(
             model, offline=expert_request.offline, dequantize=expert_request.dequantize
         ) as source:
             _tell_decoded(source, say)
             return _prune_experts(expert_request, source, destination, how)
     of_experts = expert_requests.ExpertRequest.model_fields.keys() - requests.PruneRequest.model_fields.keys()
-    if not of_experts & options.keys():
-        requests.build(model=str(model), **options)
-    dequantize = bool(options.get("dequantize"))
-    with open_source(model, offline=bool(options.get("offline")), dequantize=dequantize) as source:
+    if not of_experts & asked.keys():
+        requests.build(model=str(model), **asked)
+    dequantize = bool(asked.get("dequantize"))
+    with open_source(model, offline=bool(asked.get("offline")), dequantize=dequantize) as source:
         _tell_decoded(source, say)
         if not holds_routed(source.checkpoint):
-            request = requests.build(model=str(model), **options)
+            request = requests.build(model=str(model), **asked)
             from surgeon.prune import run
 
-            return run.prune(request, source, destination, **how)
-        if options.get("target_speedup") or options.get("keep_layers"):
+            return Result("prune", run.prune(request, source, destination, **how))
+        if asked.get("target_speedup") or asked.get("keep_layers"):
             raise UsageError("E266", f"{source.key} is a mixture of experts: dropping experts changes neither the work per token nor the layers",
                              help="--keep-experts or --target-size drops experts; for speed: --method depth or --method width")  # fmt: skip
-        if say is not None and not options.get("from_report"):
+        if say is not None and not asked.get("from_report"):
             say("a mixture of experts: --method reap, unless another is given")
-        return _prune_experts(expert_requests.build(model=str(model), **options), source, destination, how)
+        return _prune_experts(expert_requests.build(model=str(model), **asked), source, destination, how)
 
 
-def _tell_decoded(source: Source, say: Callable[[str], None] | None) -> None:
+def _tell_decoded(source: Source, say: Say | None) -> None:
     """Say what is read dequantized."""
     from surgeon.formats.dequantized import permissions
 
@@ -914,12 +1124,14 @@ def _tell_decoded(source: Source, say: Callable[[str], None] | None) -> None:
             say(note)
 
 
-def _prune_experts(request: Any, source: Source, destination: Path, how: dict[str, Any]) -> dict[str, Any]:
+def _prune_experts(request: Any, source: Source, destination: Path, how: dict[str, Any]) -> Result:
     from surgeon.prune.experts import run
 
-    return run.prune(request, source, destination, **how)
+    return Result("prune", run.prune(request, source, destination, **how))
 
 
+@takes(QuantizeOptions)
+@telling
 def quantize(
     model: str | Path = ".",
     output: str | Path | None = None,
@@ -927,22 +1139,22 @@ def quantize(
     overwrite: bool = False,
     resume: bool = True,
     dry_run: bool = False,
-    progress: Callable[[str, int, int], None] | None = None,
-    say: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
+    say: Say | None = None,
     stop: threading.Event | None = None,
-    **options: Any,
-) -> dict[str, Any]:
+    **options: Unpack[QuantizeOptions],
+) -> Result:
     """Quantize a model to schemes, a size, bits per weight or a divergence; the options of ``surgeon quantize``.
 
     Args:
         model: folder or hub id.
         output: folder of the result (a file ending in .gguf for the form gguf); default NAME-quantized beside the model.
-        progress: called with (what is being done, done, total).
+        progress: see `surgeon.python.progress.Progress`.
         say: called with one sentence at a time.
         options: any field of `surgeon.quantize.request.QuantizeRequest`.
 
     Returns:
-        The document ``surgeon quantize --json`` prints: bytes, bits, schemes, held-out quality, what the reader said.
+        `Result`: the document ``surgeon quantize --json`` prints: bytes, bits, schemes, held-out quality, what the reader said.
 
     Example:
         >>> surgeon.quantize("model", target_size=5_000_000_000)  # doctest: +SKIP
@@ -951,52 +1163,66 @@ def quantize(
 
     if str(model) == "." and not Path("config.json").is_file():
         raise UsageError("E204", "no model was named, and the current folder holds none", help="surgeon quantize MODEL --scheme W4A16")  # fmt: skip
-    request = requests.build(model=str(model), **options)
+    request = requests.build(model=str(model), **plain(options, requests.QuantizeRequest))
     ending = "quantized.gguf" if request.format == "gguf" else "quantized"
     destination = Path(output) if output else default_output(model, ending)
     with open_source(model, offline=request.offline, dequantize=request.dequantize) as source:
         from surgeon.quantize import run
 
-        return run.quantize(
+        found = run.quantize(
             request, source, destination, overwrite=overwrite, resume=resume, dry_run=dry_run, progress=progress,
             say=say, stop=stop,
         )  # fmt: skip
+    return Result("quantize", found)
 
 
+@takes(MeasureOptions)
+@telling
 def measure(
     model: str | Path,
     *,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
     stop: threading.Event | None = None,
-    **options: Any,
-) -> dict[str, Any]:
+    **options: Unpack[MeasureOptions],
+) -> Result:
     """Time a model, or two in turns; measure a latency table or memory; the options of ``surgeon measure``.
 
     Args:
         model: folder or hub id.
-        progress: called with (what is being done, done, total).
-        options: any field of `surgeon.measure.request.MeasureRequest`.
+        progress: see `surgeon.python.progress.Progress`.
+        options: any field of `surgeon.measure.request.MeasureRequest`; ``output`` keeps the result, or the table, in a file.
+
+    Returns:
+        `Result`: the document ``surgeon measure --json`` prints.
 
     Example:
         >>> surgeon.measure("fast", baseline="model", mode="decode")  # doctest: +SKIP
     """
     from surgeon.measure import request, run
 
-    return run.measure(request.build(model=str(model), **options), progress, stop)
+    asked = request.build(model=str(model), **plain(options, request.MeasureRequest))
+    found = run.measure(asked, progress, stop)
+    run.save(found, asked)
+    return Result("measure", found, asked.result_file())
 
 
+@takes(EditOptions)
+@telling
 def edit(
     model: str | Path,
     output: str | Path | None = None,
     *,
     overwrite: bool = False,
     resume: bool = True,
+    dry_run: bool = False,
     threads: int | None = None,
     memory_limit: int | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
+    weights: Literal["auto", "index", "single"] = "auto",
+    ignore_unlisted: bool = False,
+    progress: Progress | None = None,
     stop: threading.Event | None = None,
-    **options: Any,
-) -> Any:
+    **options: Unpack[EditOptions],
+) -> Result:
     """Edit weights along a direction; the options of ``surgeon edit``.
 
     Args:
@@ -1005,7 +1231,7 @@ def edit(
         options: any field of `surgeon.edit.request.EditRequest`.
 
     Returns:
-        `surgeon.edit.run.Edited`: where it lies, what was found and changed.
+        `Result`: the document ``surgeon edit --json`` prints: where it lies, what was found and changed.
 
     Example:
         >>> surgeon.edit("model", method="thinkedit", responses="answers.jsonl")  # doctest: +SKIP
@@ -1013,15 +1239,32 @@ def edit(
     from surgeon.edit import request as requests
     from surgeon.edit import run
 
-    asked = requests.build(**options)
-    with open_source(model, offline=asked.offline, dequantize=asked.dequantize) as source:
+    asked = requests.build(**plain(options, requests.EditRequest))
+    opening = {
+        "offline": asked.offline,
+        "weights": weights,
+        "ignore_unlisted": ignore_unlisted,
+        "dequantize": asked.dequantize,
+    }
+    with open_source(model, **opening) as source:
         where = (
             Path(output) if output else run.default_output(str(model), source.checkpoint.folder, source.repo)
         )
-        return run.edit(asked, source, where, overwrite=overwrite, resume=resume, threads=threads,
-                        memory_limit=memory_limit, progress=progress, stop=stop)  # fmt: skip
+        machine: dict[str, Any] = {
+            "threads": threads,
+            "memory_limit": memory_limit,
+            "progress": progress,
+            "stop": stop,
+        }
+        prepared = run.prepare(asked, source, title=where.name, dry=dry_run, **machine)
+        if dry_run:
+            return Result("edit", edited.rehearsed(prepared, where))
+        done = run.write(prepared, asked, where, overwrite=overwrite, resume=resume, **machine)
+        return Result("edit", edited.written(done))
 
 
+@takes(ExportOptions)
+@telling
 def export(
     model: str | Path,
     output: str | Path | None = None,
@@ -1031,10 +1274,10 @@ def export(
     dry_run: bool = False,
     threads: int | None = None,
     memory_limit: int | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
     stop: threading.Event | None = None,
-    **options: Any,
-) -> dict[str, Any]:
+    **options: Unpack[ExportOptions],
+) -> Result:
     """Write a model in another form, or one member of a nested family; the options of ``surgeon export``.
 
     Args:
@@ -1042,17 +1285,77 @@ def export(
         output: folder or file of the result.
         options: any field of `surgeon.deploy.export_request.ExportRequest`.
 
+    Returns:
+        `Result`: the document ``surgeon export --json`` prints.
+
     Example:
         >>> surgeon.export("fast", "fast.gguf", to="gguf")  # doctest: +SKIP
     """
     from surgeon.deploy import export_request
     from surgeon.deploy.export import export as run
 
-    request = export_request.build(model=str(model), **options)
+    request = export_request.build(model=str(model), **plain(options, export_request.ExportRequest))
     opening = {
         name: getattr(request, name)
         for name in ("offline", "weights", "ignore_unlisted", "allow_pickle", "dequantize")
     }
     with open_source(model, **opening) as source:
-        return run(source, request, Path(output) if output else None, overwrite=overwrite, resume=resume, dry_run=dry_run,
-                   threads=threads, memory_limit=memory_limit, progress=progress, stop=stop)  # fmt: skip
+        found = run(source, request, Path(output) if output else None, overwrite=overwrite, resume=resume, dry_run=dry_run,
+                    threads=threads, memory_limit=memory_limit, progress=progress, stop=stop)  # fmt: skip
+    return Result("export", found)
+
+
+def report(
+    results: Any,
+    output: str | Path | None = None,
+    *,
+    title: str | None = None,
+    log_tokens: bool = False,
+    iso_lines: bool = False,
+) -> Report | Path:
+    """Make one report over results; the options of ``surgeon report``.
+
+    Args:
+        results: one or several: what `evaluate`, `run`, `prune` and the others returned, or files that their commands wrote
+            with ``--json``; model folders among files add how a model was made.
+        output: a file ending in .html, .md, .svg or .png (or .json for the documents); None returns the page.
+        title: its heading.
+        log_tokens: logarithmic axis for answer lengths.
+        iso_lines: draw lines of equal accuracy per 1,000 tokens.
+
+    Returns:
+        The path; without ``output`` a `Report`, which a notebook shows.
+
+    Raises:
+        UsageError: E235 no results, E237 another suffix, E238 nothing to plot.
+        InputError: E234, E236 a file is no result.
+
+    Example:
+        >>> surgeon.report(["long.json", "merged.json"], "report.html")  # doctest: +SKIP
+    """
+    from surgeon.python.results import report as made
+    from surgeon.report import documents
+
+    given = [results] if isinstance(results, (str, os.PathLike, Mapping)) else list(results)
+    files = [one for one in given if not isinstance(one, Mapping)]
+    found = [
+        one.document() if isinstance(one, Result) else dict(one) for one in given if isinstance(one, Mapping)
+    ]
+    if files or not found:
+        found = [*documents.load([Path(one) for one in files]), *found]
+    return made(found, output, title=title, log_tokens=log_tokens, iso_lines=iso_lines)
+
+
+def doctor(*, model: str | Path | None = None, offline: bool = False) -> Document:
+    """Report on this machine, and on what can be done with a model here; the options of ``surgeon doctor``.
+
+    Example:
+        >>> surgeon.doctor(model="merged")  # doctest: +SKIP
+    """
+    from surgeon.python import diagnosis
+
+    found = diagnosis.doctor()
+    if model is not None:
+        summary = inspect(model, offline=offline).summary
+        found["model"] = diagnosis.possibilities(summary, found["environment"])
+    return found

@@ -107,7 +107,7 @@ class _Checker:
 
     def wrong(self, key: str, value: object, expected: str) -> InputError:
         return InputError("E236", f"{visible(self.label)}: {visible(key)} is {_shown(value)}, not {expected}",
-                          where=Where(visible(self.label)))  # fmt: skip
+                          where=Where(visible(self.label)), help="give the file as surgeon eval, measure or run wrote it, or write it again")  # fmt: skip
 
     def document(self, document: Mapping[str, Any]) -> None:
         model = self.mapping(document, "model", required=True)
