@@ -128,6 +128,10 @@ def _widths(layer: int, expert: int, kind: str) -> Scheme:
     return integer((8, 3, 2, 4)[(layer + expert + (kind == "down")) % 4])
 
 
+def _odd_widths(layer: int, expert: int, kind: str) -> Scheme:
+    return integer((5, 7, 6, 4)[(layer + expert + (kind == "down")) % 4])
+
+
 RECIPES: dict[str, Recipe] = {
     **{f"int{bits}g32": Recipe(CT, _all(integer(bits))) for bits in range(2, 9)},
     "int4, a scale a row": Recipe(CT, _all(integer(4, -1))),
@@ -161,17 +165,17 @@ RECIPES: dict[str, Recipe] = {
         CT, _experts(INT4, lambda layer, expert, kind: None if layer == 1 else INT4), mixtures=True),
     "experts plain, other modules int4g32": Recipe(CT, _experts(INT4, None), mixtures=True),
 
-    **{f"auto-round int{bits}g32": Recipe(AR, _all(integer(bits))) for bits in (2, 3, 4, 8)},
+    **{f"auto-round int{bits}g32": Recipe(AR, _all(integer(bits))) for bits in range(2, 9)},
     "auto-round int4, a scale a row": Recipe(AR, _all(integer(4, -1))),
     "auto-round int4g32, head int8": Recipe(AR, _all(INT4), head=INT8, tied=False),
     "auto-round int8g32, int3g64, int2g32, int4g32 mixed": Recipe(
         AR, _cycle(INT8, integer(3, 64), integer(2), INT4), mixtures=False),
     "auto-round int4g32, some modules plain": Recipe(AR, _cycle(INT4, INT4, None)),
     "auto-round experts of 8, 3, 2 and 4 bits, each matrix its own": Recipe(AR, _experts(INT4, _widths), mixtures=True),
+    "auto-round experts of 5, 7, 6 and 4 bits, each matrix its own": Recipe(AR, _experts(integer(5), _odd_widths), mixtures=True),
     "auto-round experts int4g32, some plain": Recipe(
         AR, _experts(INT8, lambda layer, expert, kind: INT4 if expert else None), mixtures=True),
     "auto-round experts int3g32, other modules plain": Recipe(AR, _experts(None, integer(3)), mixtures=True),
-    "auto-round int5g32": Recipe(AR, _all(integer(5)), forced=False),
     "auto-round int4g32 with zero points": Recipe(AR, _all(integer(4, symmetric=False)), forced=False),
     "auto-round float8": Recipe(AR, _all(FLOAT8), forced=False),
     "auto-round tied head int8": Recipe(AR, _all(INT4), head=INT8, tied=True, forced=False),

@@ -3,7 +3,8 @@
     python benchmarks/quantization/compatibility.py            all cells, the page
     python benchmarks/quantization/compatibility.py llama nf4  cells whose name holds all of these words; no page
 
-One process loads everything of a family: its plain models first, forms in the order of the table, auto-round last.
+One process loads everything of a family: its plain models first, forms in the order of the table, auto-round last. GGUF is in
+`gguf_cells`: llama.cpp has a process for every file.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,8 +22,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import cells as table
+import gguf_cells
 import numpy as np
 from cells import FAMILIES, RECIPES, Cell
+from gguf_cells import GgufCell, GgufResult
 
 from surgeon.errors import InputError
 
@@ -29,7 +33,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 PAGE = ROOT / "docs" / "compatibility.md"
 
-PACKAGES = ("torch", "transformers", "compressed-tensors", "auto-round", "bitsandbytes")
+PACKAGES = ("torch", "transformers", "compressed-tensors", "auto-round", "bitsandbytes", "gguf", "xllamacpp")
 EXACT = 1e-3
 """Relative difference of float32 logits, matrices decoded, within which a model is what it stands for."""
 
@@ -99,6 +103,21 @@ def run(chosen: Sequence[Cell], work: Path, say: Callable[[str], None] = lambda 
     return results
 
 
+def run_gguf(chosen: Sequence[GgufCell], work: Path, say: Callable[[str], None] = lambda line: None) -> dict[GgufCell, GgufResult]:  # fmt: skip
+    """Write GGUF cells and have llama.cpp run each in a process of its own."""
+    results: dict[GgufCell, GgufResult] = {}
+    for number, family in enumerate(dict.fromkeys(cell.family for cell in chosen)):
+        folder = work / f"gguf-{number}"
+        model = gguf_cells.source(family, folder / "source")
+        for cell in (one for one in chosen if one.family == family):
+            results[cell] = gguf_cells.run(cell, model, folder / cell.kind)
+            shutil.rmtree(folder / cell.kind)
+        say(
+            f"GGUF {family}: {sum(results[cell].refused is None for cell in results if cell.family == family)} run"
+        )
+    return results
+
+
 def _load(folder: Path, made: list[tuple[int, Cell]], results: Mapping[Cell, Result]) -> None:
     made = sorted(made, key=lambda one: one[1].form == table.AR)
     jobs = [{"folder": str(folder / str(n) / kind), "plain": kind == "plain", "logits": str(folder / f"{n}-{kind}.npy")}
@@ -159,18 +178,56 @@ bitsandbytes in its kernels), or round activations to eight bits as the form dem
 reader computes, not an error of the file. In mixtures of experts small roundings make routers choose otherwise, which random models
 show most.
 
+GGUF is written by `surgeon quantize --format gguf`, or by `surgeon export --to gguf --gguf-type` (K-quants, IQ, and every type of
+the families marked *), and run by llama.cpp (xllamacpp) in a process of its own, a fresh one for each file; a number is there, too,
+the relative difference of its logits from those of a plain model of the numbers in the file. ggml rounds the inputs of every product
+to eight bits: that is what is seen. With torch rounding inputs in the same way {exact_gguf:.0e} is left at most after the prompt with
+the least, and {flipped:.0%} at most after all five: one input rounded the other way moves all that follow. From every file it generates
+{new} tokens after each prompt, with its cache, the best ones also without; {same:.1%} of them are those torch takes.
+
 "refused" means that the form says no before anything is written; why, and what the reader would have done, is below. The
 last column says for which families vLLM's rules allow it, as read in its source; vLLM was not run.
 """
 
 
-def page(results: Mapping[Cell, Result]) -> str:
+def gguf_lines(results: Mapping[GgufCell, GgufResult]) -> list[str]:
+    """Return the table of GGUF: a row for each family that is written in any type."""
+    lines = [
+        "## gguf",
+        "",
+        f"| family | {' | '.join(gguf_cells.COLUMNS)} |",
+        "|---" * (len(gguf_cells.COLUMNS) + 1) + "|",
+    ]
+    for family in gguf_cells.FAMILIES:
+        found = [results[GgufCell(family, kind)] for kind in gguf_cells.COLUMNS]
+        shown = ["refused" if r.refused else percent(r.as_run) for r in found]
+        mark = " *" if not any(r.way == "quantize" for r in found) and any(r.way for r in found) else ""
+        lines.append(f"| {family}{mark} | {' | '.join(shown)} |")
+    return [*lines, ""]
+
+
+def gguf_refusals(results: Mapping[GgufCell, GgufResult]) -> list[str]:
+    """Return the rows of GGUF in the table of refusals, one for each family and set of types."""
+    lines = []
+    for family in gguf_cells.FAMILIES:
+        refused = [kind for kind in gguf_cells.COLUMNS if results[GgufCell(family, kind)].refused]
+        if refused:
+            types = "every type" if len(refused) == len(gguf_cells.COLUMNS) else ", ".join(refused)
+            why = str(results[GgufCell(family, refused[0])].refused).replace("|", " ")
+            lines.append(f"| gguf | {family}: {types} | {why} | not written by force |")
+    return lines
+
+
+def page(results: Mapping[Cell, Result], of_gguf: Mapping[GgufCell, GgufResult]) -> str:
     """Return docs/compatibility.md."""
     with tempfile.TemporaryDirectory() as place:
         shapes = {family: table.shapes_of(table.source(family, Path(place) / str(n))) for n, family in enumerate(FAMILIES)}  # fmt: skip
         allowed = {recipe: vllm(recipe, shapes) for recipe in RECIPES}
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
-    lines = [INTRODUCTION.format(machine=platform.machine(), versions=versions, exact=EXACT)]
+    run_ones = [r for r in of_gguf.values() if not r.refused]
+    same = sum(r.same for r in run_ones) / sum(r.tokens for r in run_ones)
+    lines = [INTRODUCTION.format(machine=platform.machine(), versions=versions, exact=EXACT, exact_gguf=gguf_cells.EXACT,
+                                 flipped=gguf_cells.FLIPPED, new=gguf_cells.NEW, same=same)]  # fmt: skip
     for form in (table.CT, table.AR, table.BNB):
         families = list(FAMILIES)
         lines += [
@@ -184,6 +241,7 @@ def page(results: Mapping[Cell, Result]) -> str:
             shown = ["" if r is None else "refused" if r.refused else percent(r.as_run) for r in found]
             lines.append(f"| {recipe} | {' | '.join(shown)} | {allowed[recipe]} |")
         lines.append("")
+    lines += gguf_lines(of_gguf)
     lines += ["## Refusals", "", "What the form says of the first family it refuses, and what stock transformers makes of all of them written by force.", "",
               "| form | scheme | why | written by force |", "|---|---|---|---|"]  # fmt: skip
     for recipe, one in RECIPES.items():
@@ -196,22 +254,29 @@ def page(results: Mapping[Cell, Result]) -> str:
             if wrong:
                 fates += f"{' / ' if fates else ''}wrong in silence: {percent(wrong[0])} to {percent(wrong[-1])} off"
             lines.append(f"| {one.form} | {recipe} | {str(refused[0].refused).replace('|', ' ')} | {fates} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *gguf_refusals(of_gguf)]) + "\n"
 
 
 def main(words: Sequence[str]) -> int:
     chosen = [cell for cell in table.cells() if all(word in str(cell) for word in words)]
+    of_gguf = [cell for cell in gguf_cells.cells() if all(word in str(cell) for word in words)]
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as place:
         results = run(chosen, Path(place), lambda line: print(line, flush=True))
+        found = run_gguf(of_gguf, Path(place), lambda line: print(line, flush=True))
     bad = 0
+    for cell, one in found.items():
+        unexpected = not one.refused and not (one.read and one.generates)
+        bad += unexpected
+        if words or unexpected:
+            print("UNEXPECTED" if unexpected else "ok", cell, one)
     for cell, result in results.items():
         unexpected = result.read if result.refused else not (result.read and result.generates)
         bad += unexpected
         if words or unexpected:
             print("UNEXPECTED" if unexpected else "ok", cell, "| refused" if result.refused else "|", result.fate(), f"| {result.decoded:.2g} {result.as_run:.2g} generates {result.generates} modules {result.modules}")  # fmt: skip
     if not words:
-        PAGE.write_text(page(results))
-        print(f"{len(results)} cells, {bad} unexpected; {PAGE}")
+        PAGE.write_text(page(results, found))
+        print(f"{len(results) + len(found)} cells, {bad} unexpected; {PAGE}")
     return 0
 
 

@@ -35,7 +35,7 @@ def compute_buffers(model: Any, root: nn.Module, device: torch.device, *, recurs
         for name in missing:
             if not torch.equal(first[name], second[name]):
                 raise InputError("E380", f"the library does not say how to compute the buffer {path}.{name} of this model",
-                                 where=Where(tensor=f"{path}.{name}"))  # fmt: skip
+                                 where=Where(tensor=f"{path}.{name}"), help="pip install --upgrade transformers; methods without calibration need no buffers")  # fmt: skip
             module._buffers[name] = first[name].to(device)
 
 

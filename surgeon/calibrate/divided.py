@@ -63,7 +63,7 @@ def load(
     )  # fmt: skip
     given = [sample.ids for sample in found.samples]
     if len(given) < 3:
-        raise InputError("E314", f"{found.record['name']} gives {len(given)} samples; statistics, the choice of a plan and its "
+        raise InputError("E314", f"{found.record['name']} gives {_samples(len(given))}; statistics, the choice of a plan and its "
                          "quality need text of their own", help="give at least 3 records, better 100")  # fmt: skip
     # Of a short text each later part takes an eighth.
     share = max(1, min(SEARCH_SAMPLES, len(given) // 8))
@@ -82,6 +82,10 @@ def load(
         tuple(statistics), tuple(ids[:SEARCH_TOKENS] for ids in search),
         tuple(ids[:SEARCH_TOKENS] for ids in held_out), record, tuple(warnings),
     )  # fmt: skip
+
+
+def _samples(count: int) -> str:
+    return "1 sample" if count == 1 else f"{count} samples"
 
 
 def _count(samples: list[np.ndarray]) -> dict[str, int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -67,7 +68,7 @@ class SummedLoss:
     tokens: int
 
 
-class ForwardAndBack:
+class ForwardAndBack(ABC):
     """One forward and one backward pass over all batches.
 
     Steps: 0 the embedding; 1 + l layer l forward; 1 + L the loss; then backward from layer L-1 to the first
@@ -313,15 +314,15 @@ class ForwardAndBack:
 
     # ---- what a subclass decides -------------------------------------------------------------------
 
+    @abstractmethod
     def _first(self) -> int:
         """Return the first layer that matters; the way back ends there."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _back(
         self, layer: int, module: nn.Module, inputs: Activations, towards: Activations
     ) -> Iterator[tuple[int, Tensor]]:
         """Yield (batch number, gradient of the layer's input) for all batches, and look at what lies between."""
-        raise NotImplementedError
 
     # ---- continuing later ----------------------------------------------------------------------
 

@@ -106,7 +106,7 @@ def places_of(skeleton: Skeleton) -> Places:
     for number, module in enumerate(layers):
         if not module and not (before.get(number) and after.get(number)):
             raise InputError("E389", f"layer {number} of {checkpoint.label} has no MLP output that can be observed",
-                             where=Where(checkpoint.label))  # fmt: skip
+                             where=Where(checkpoint.label), help="leave out --acm: it compares the MLP outputs of every layer")  # fmt: skip
     routed = {number for number, module in enumerate(layers) if not module}
     embedding = skeleton.outer_pieces()[f"{skeleton.embedding_module}.weight"][0]
     head = skeleton.head_pieces().get("weight", [])

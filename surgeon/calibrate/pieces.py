@@ -105,7 +105,7 @@ def resolve(model: Any, checkpoint: Checkpoint) -> dict[str, list[Piece]]:
         expert = _expert_number(name)
         if order is None or expert is None:
             raise InputError("E382", f"the library converts {printable(name)} in a way that is not known here",
-                             where=Where(tensor=printable(name)))  # fmt: skip
+                             where=Where(tensor=printable(name)), help="a newer surgeon may know it: pip install --upgrade model-surgeon; methods without calibration do not need it")  # fmt: skip
         stacked.setdefault(target, {}).setdefault(order, {})[expert] = name
     for target, parts in joined.items():
         found[target] = _join(target, parts, wanted[target].shape, checkpoint)

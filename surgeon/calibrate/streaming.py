@@ -74,12 +74,18 @@ class MemoryPlan:
 
     @classmethod
     def of(
-        cls, skeleton: Skeleton, batches: Sequence[Batch], settings: Settings, stores: int = 1
+        cls,
+        skeleton: Skeleton,
+        batches: Sequence[Batch],
+        settings: Settings,
+        stores: int = 1,
+        reserve: int = 0,
     ) -> MemoryPlan:
         """Decide, from the sizes of layers and batches, what is held in memory.
 
         Args:
             stores: how many times hidden states of all batches are held.
+            reserve: bytes that somebody else takes while a layer is in memory.
 
         Raises:
             EnvironmentFault: E504 not even one layer fits.
@@ -98,7 +104,7 @@ class MemoryPlan:
         dense = [skeleton.bytes_of_layer(layer, experts_too=False) for layer in layers]
         outer = skeleton.bytes_outside()
         wanted = settings.stream_experts
-        free = budget - work - outer
+        free = budget - work - outer - reserve
         streamed = frozenset(
             layer
             for layer in layers
@@ -106,9 +112,11 @@ class MemoryPlan:
             and (wanted if wanted is not None else 2 * whole[layer] > free * 3 // 4)
         )
         largest = max(dense[layer] if layer in streamed else whole[layer] for layer in layers)
-        if largest + work + outer > budget:
+        if largest > free:
+            needs = largest + work + outer + reserve
+            beside = f", {reserve / 1e6:,.0f} MB of it to work on the layer's matrices" if reserve else ""
             raise EnvironmentFault(
-                "E504", f"calibrating needs about {(largest + work + outer) / 1e6:,.0f} MB for one layer and one batch, "
+                "E504", f"calibrating needs about {needs / 1e6:,.0f} MB for one layer and one batch{beside}; "
                 f"the limit is {budget / 1e6:,.0f} MB", help="raise --memory-limit, or lower the sequence length",
             )  # fmt: skip
         prefetch = 2 * largest + RUNTIME_BYTES <= free

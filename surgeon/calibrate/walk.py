@@ -65,6 +65,7 @@ class Walk:
         settings: device, precision, memory, spill folder.
         per_sample: one sample a batch, so that observers learn which sample they see.
         original: carry along what the model without replacements gives, for ``observe_original``.
+        reserve: bytes of the memory limit that are not the pass's: what is done with a layer between its runs takes them.
 
     Attributes:
         layers: number of layers.
@@ -84,6 +85,7 @@ class Walk:
         *,
         per_sample: bool = False,
         original: bool = False,
+        reserve: int = 0,
     ) -> None:
         self.settings = settings
         self._original = original
@@ -102,7 +104,8 @@ class Walk:
             equal=self.skeleton.length_dependent,
             unpadded={count for count in heads if count},
         )
-        self._memory = streaming.MemoryPlan.of(self.skeleton, self.batches, settings, 3 if original else 1)
+        stores = 3 if original else 1
+        self._memory = streaming.MemoryPlan.of(self.skeleton, self.batches, settings, stores, reserve)
         if original and self._memory.streamed:
             raise EnvironmentFault("E504", f"the experts of layer {min(self._memory.streamed)} do not fit the memory limit together, which "
                                    "a pass beside the original model needs", help="raise --memory-limit, or leave the target shift out")  # fmt: skip

@@ -22,6 +22,7 @@ from surgeon.deploy import decilm, per_layer
 from surgeon.deploy.per_layer import base_type
 from surgeon.errors import EnvironmentFault, InputError, Where
 
+_FIT = "surgeon verify MODEL compares config.json with the tensors; take both from the same download"
 _KINDS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs", "conversion_errors")
 
 
@@ -49,7 +50,7 @@ def build(config: Mapping[str, Any], *, dtype: torch.dtype, device: str | torch.
         raise
     except Exception as error:  # the library checks its configurations with many kinds of exceptions
         raise InputError("E324", f"the library cannot build this model: {_one_line(error)}",
-                         where=Where(file=CONFIG_NAME)) from error  # fmt: skip
+                         where=Where(file=CONFIG_NAME), help=_FIT) from error  # fmt: skip
     return model.eval()
 
 
@@ -88,11 +89,13 @@ def load(folder: Path, *, dtype: torch.dtype | None = None, device: str | torch.
         raise
     except torch.OutOfMemoryError as error:
         raise EnvironmentFault(
-            "E513", f"{printable(str(folder))} does not fit into the memory of {device}"
+            "E513",
+            f"{printable(str(folder))} does not fit into the memory of {device}",
+            help="a device with more memory, or the CPU",
         ) from error
     except Exception as error:
         raise InputError("E324", f"the library cannot load {printable(str(folder))}: {_one_line(error)}",
-                         where=Where(str(folder))) from error  # fmt: skip
+                         where=Where(str(folder)), help=_FIT) from error  # fmt: skip
     check_complete(info, folder)
     return model.eval()
 
@@ -109,7 +112,7 @@ def check_complete(info: Mapping[str, Any], folder: Path) -> None:
             )
     if findings:
         raise InputError("E325", f"the model does not load as it is: {'; '.join(findings)}", where=Where(str(folder)),
-                         help="the library would fill what is missing with random numbers")  # fmt: skip
+                         help="surgeon verify MODEL names every tensor; the library would fill what is missing with random numbers")  # fmt: skip
 
 
 def body(model: Any, folder: Path) -> tuple[Any, list[nn.Module]]:
@@ -153,7 +156,10 @@ def classes(config: Mapping[str, Any]) -> tuple[Any, Any]:
     model_type = config.get("model_type")
     if model_type not in CONFIG_MAPPING:
         raise InputError(
-            "E324", f"the library knows no {printable(str(model_type))} models", where=Where(file=CONFIG_NAME)
+            "E324",
+            f"the library knows no {printable(str(model_type))} models",
+            where=Where(file=CONFIG_NAME),
+            help=f"transformers {transformers.__version__} is installed; a newer one may know them: pip install --upgrade transformers",
         )
     parsed = CONFIG_MAPPING[str(model_type)].from_dict(with_infinities(clean))
     names = config.get("architectures")
@@ -172,6 +178,7 @@ def classes(config: Mapping[str, Any]) -> tuple[Any, Any]:
         "E324",
         f"the library has no model class for {printable(str(model_type))}",
         where=Where(file=CONFIG_NAME),
+        help="models of text can be run: those with a causal class of transformers, and encoders",
     )
 
 

@@ -77,7 +77,7 @@ def finish(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[tuple[str, b
     if reasons:
         raise UsageError("E286", f"the model cannot be written as DeciLM: {reasons[0]}", where=Where(file="config.json"),
                          help="--layout per-layer writes a directory for transformers, with any shapes",
-                         others=[InputError("E286", reason) for reason in reasons[1:]])  # fmt: skip
+                         others=[InputError("E286", reason, help="--layout per-layer holds it") for reason in reasons[1:]])  # fmt: skip
     result = per_layer.stock_config(config)
     for key in ("sliding_window", "layer_types"):
         result.pop(key, None)

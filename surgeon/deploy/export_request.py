@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from surgeon.checkpoint.header import printable
 from surgeon.deploy.gguf_choice import parse_override, parse_type
-from surgeon.errors import UsageError, close_matches
+from surgeon.errors import UsageError, close_matches, wrong_options
 
 FORMATS = {
     "safetensors": "a clean model folder: another float type, other shards, pickles turned into safetensors",
@@ -46,7 +46,7 @@ class ExportRequest(BaseModel):
         """Refuse a form that does not exist, and types of another form (E285)."""
         if self.to in FORMATS:
             return self._with_known_types()
-        forms = "; ".join(f"{name}: {line}" for name, line in FORMATS.items())
+        forms = ", ".join(FORMATS)
         if self.to in QUANTIZED:
             raise UsageError("E285", f"{self.to} holds weights quantized with or without data, which is more than another form",
                              help=f"surgeon quantize MODEL --format {self.to}; forms of an export are {forms}")  # fmt: skip
@@ -118,7 +118,6 @@ def build(**values: Any) -> ExportRequest:
     try:
         return ExportRequest(**values).checked()
     except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"]) or "request"
-        raise UsageError("E285", f"--{name.replace('_', '-')}: {first['msg'].lower()}",
-                         help=f"given: {printable(str(first.get('input')))[:60]}") from None  # fmt: skip
+        raise wrong_options(
+            error.errors(), code="E285", verb="export", known=ExportRequest.model_fields
+        ) from None

@@ -29,7 +29,7 @@ def count(config: Mapping[str, Any]) -> int:
     given = {int(config[key]) for key in ("num_local_experts", "num_experts") if config.get(key)}
     if len(given) != 1:
         raise InputError("E365", f"config.json gives {' and '.join(map(str, sorted(given))) or 'no number'} as the number of experts",
-                         where=Where(file="config.json"))  # fmt: skip
+                         where=Where(file="config.json"), help="one of num_local_experts and num_experts says it, or both the same")  # fmt: skip
     return given.pop()
 
 

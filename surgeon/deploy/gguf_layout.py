@@ -361,4 +361,4 @@ def _check(checkpoint: Checkpoint, tensors: Sequence[GgufTensor]) -> None:
     )
     if left:
         raise InputError("E328", f"{checkpoint.label} holds {printable(left[0])}, which llama.cpp's graph has no place for",
-                         where=Where(checkpoint.label, tensor=printable(left[0])))  # fmt: skip
+                         where=Where(checkpoint.label, tensor=printable(left[0])), help="keep the safetensors folder; surgeon verify says whether the tensor belongs to the model")  # fmt: skip

@@ -76,7 +76,10 @@ def read_tokenizer(folder: Path, rows: int) -> GgufTokenizer:
                          where=where, help="keep the safetensors folder")  # fmt: skip
     if len(tokenizer) > rows:
         raise InputError(
-            "E329", f"the tokenizer has {len(tokenizer):,} tokens, the embedding {rows:,} rows", where=where
+            "E329",
+            f"the tokenizer has {len(tokenizer):,} tokens, the embedding {rows:,} rows",
+            where=where,
+            help="take the tokenizer that belongs to this model",
         )
     notes: list[str] = []
     keys = (
@@ -161,16 +164,21 @@ def _byte_level(spec: Mapping[str, Any], rows: int, where: Where, notes: list[st
             "E329",
             f"the tokenizer changes text first ({printable(', '.join(steps))}), llama.cpp does not",
             where=where,
+            help="keep the safetensors folder: prompts would be split in another way",
         )
     model = spec["model"]
     if model.get("unk_token") or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         raise InputError(
-            "E329", "the tokenizer marks unknown or inner pieces, which llama.cpp does not", where=where
+            "E329",
+            "the tokenizer marks unknown or inner pieces, which llama.cpp does not",
+            where=where,
+            help="keep the safetensors folder: prompts would be split in another way",
         )
     tokens, types = _tokens(spec, rows)
     merges = [entry if isinstance(entry, str) else " ".join(entry) for entry in model["merges"]]
     if not merges:
-        raise InputError("E329", "the tokenizer has no merges; llama.cpp needs at least one", where=where)
+        raise InputError("E329", "the tokenizer has no merges; llama.cpp needs at least one", where=where,
+                         help="keep the safetensors folder, or take tokenizer.json from the original model if it was lost")  # fmt: skip
     return {
         "ggml.model": "gpt2",
         "ggml.pre": name,
@@ -197,7 +205,7 @@ def _sentence_piece(spec: Mapping[str, Any], rows: int, where: Where) -> dict[st
             prefix = step.get("prepend_scheme") in ("first", "always")
         else:
             raise InputError("E329", f"the tokenizer does something llama.cpp's SentencePiece rules do not: {printable(str(kind))}",
-                             where=where)  # fmt: skip
+                             where=where, help="keep the safetensors folder: prompts would be split in another way")  # fmt: skip
     tokens, types = _tokens(spec, rows)
     ranks: dict[str, int] = {}
     for rank, entry in enumerate(spec["model"]["merges"]):
@@ -215,7 +223,8 @@ def _sentence_piece(spec: Mapping[str, Any], rows: int, where: Where) -> dict[st
         elif re.fullmatch(r"<0x[0-9A-F]{2}>", token):
             types[number] = BYTE
     if BYTE not in types:
-        raise InputError("E329", "the tokenizer falls back to bytes but has no byte tokens", where=where)
+        raise InputError("E329", "the tokenizer falls back to bytes but has no byte tokens", where=where,
+                         help="<0x00> to <0xFF> are missing in tokenizer.json: take the file from the original model")  # fmt: skip
     return {
         "ggml.model": "llama", "ggml.pre": "default", "ggml.tokens": tokens, "ggml.scores": scores,
         "ggml.token_type": types, "ggml.add_space_prefix": prefix,
@@ -249,7 +258,10 @@ def _special(tokenizer: Any, folder: Path, where: Where) -> dict[str, Any]:
     before, after = _around(framed, plain, where)
     if before not in ([], [keys.get("ggml.bos_token_id")]) or after not in ([], [tokenizer.eos_token_id]):
         raise InputError(
-            "E329", "the tokenizer puts tokens around a text that llama.cpp cannot put there", where=where
+            "E329",
+            "the tokenizer puts tokens around a text that llama.cpp cannot put there",
+            where=where,
+            help="llama.cpp puts bos before and eos after; change the post_processor of tokenizer.json, or keep the safetensors folder",
         )
     keys["ggml.add_bos_token"], keys["ggml.add_eos_token"] = bool(before), bool(after)
     return keys
@@ -260,7 +272,10 @@ def _around(framed: Sequence[int], plain: Sequence[int], where: Where) -> tuple[
         if list(framed[start : start + len(plain)]) == list(plain):
             return list(framed[:start]), list(framed[start + len(plain) :])
     raise InputError(
-        "E329", "the tokenizer reads a text differently with special tokens around it", where=where
+        "E329",
+        "the tokenizer reads a text differently with special tokens around it",
+        where=where,
+        help="keep the safetensors folder: llama.cpp adds special tokens to a text without changing it",
     )
 
 

@@ -108,7 +108,8 @@ def _base_models(card: dict[str, Any], repo: str, where: Where, warnings: list[s
             errors.append(InputError("E3033", f"base_model names {show(name)}, which is no hub id", where=where,
                                      help="--base-model org/name, once for each model"))  # fmt: skip
         elif name == repo:
-            errors.append(InputError("E3033", f"base_model names the repository itself: {repo}", where=where))
+            errors.append(InputError("E3033", f"base_model names the repository itself: {repo}", where=where,
+                                     help="--base-model org/name of the model this one was made from, or another --repo"))  # fmt: skip
     if relation is not None and relation not in RELATIONS:
         errors.append(InputError("E3033", f"base_model_relation is {show(relation)}", where=where,
                                  help=f"one of: {', '.join(RELATIONS)}"))  # fmt: skip

@@ -55,9 +55,19 @@ def logprobs(server: Any, tokens: list[int], vocabulary: int, force: int) -> dic
 
 
 def tokenize(server: Any, text: str) -> dict[str, Any]:
-    body = json.dumps({"content": text, "add_special": True, "parse_special": False}).encode()
+    return _posted(server, "tokenize", {"content": text, "add_special": True, "parse_special": False})
+
+
+def generate(server: Any, tokens: list[int], count: int) -> dict[str, Any]:
+    """Return the tokens that follow, each the most probable one; what was computed for earlier ones is kept."""
+    return _posted(server, "completion", {"prompt": tokens, "n_predict": count, "temperature": 0.0, "return_tokens": True,
+                                          "cache_prompt": False})  # fmt: skip
+
+
+def _posted(server: Any, place: str, body: dict[str, Any]) -> dict[str, Any]:
+    """Return the tokens that the server answers with."""
     request = urllib.request.Request(
-        f"{server.listening_address}/tokenize", body, {"Content-Type": "application/json"}
+        f"{server.listening_address}/{place}", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with opener.open(request, timeout=30) as answer:
@@ -77,6 +87,8 @@ def main() -> None:
                 answer: dict[str, Any] = {"ok": True}
             elif request["do"] == "logprobs":
                 answer = logprobs(server, request["tokens"], request["vocabulary"], request["force"])
+            elif request["do"] == "generate":
+                answer = generate(server, request["tokens"], request["count"])
             else:
                 answer = tokenize(server, request["text"])
         except Exception as error:

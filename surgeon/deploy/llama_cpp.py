@@ -71,6 +71,10 @@ class LlamaCpp:
         answer = self._ask({"do": "logprobs", "tokens": [int(token) for token in tokens], "vocabulary": vocabulary, "force": sampled})  # fmt: skip
         return np.asarray(answer["logprobs"], dtype=np.float64)
 
+    def generate(self, tokens: Sequence[int], count: int) -> list[int]:
+        """Return the next tokens, each the most probable one, computed with the cache: ``count``, fewer where the text ends."""
+        return [int(token) for token in self._ask({"do": "generate", "tokens": [int(token) for token in tokens], "count": count})["tokens"]]  # fmt: skip
+
     def tokens(self, text: str) -> list[int]:
         """Return the token ids of a text, with the special tokens the file says are put around it."""
         return [int(token) for token in self._ask({"do": "tokens", "text": text})["tokens"]]
@@ -112,7 +116,7 @@ class LlamaCpp:
         lines = self._log.read().decode("utf-8", "replace").splitlines()
         said = [line for line in lines if "error" in line.lower() or "GGML_ASSERT" in line]
         return InputError("E328", f"llama.cpp cannot use {printable(self.path.name)}: {printable(' '.join([reason, *said[:2]])[:400])}",
-                          where=Where(str(self.path)))  # fmt: skip
+                          where=Where(str(self.path)), help="pip install --upgrade xllamacpp if its llama.cpp is older than the model; else make the file again")  # fmt: skip
 
 
 def differing_texts(runtime: LlamaCpp, tokenizer: Any, texts: Sequence[str]) -> list[str]:

@@ -131,11 +131,19 @@ class PermutedView:
             attention, ffn = structure.attention[layer], structure.ffn[layer]
             if order.groups is not None or order.heads is not None:
                 if attention is None:
-                    raise UsageError("E289", f"layer {layer} has no heads to sort")
+                    raise UsageError(
+                        "E289",
+                        f"layer {layer} has no heads to sort",
+                        help=f"leave layer {layer} out of the orders of heads",
+                    )
                 self._attention(attention, order)
             if order.channels is not None:
                 if ffn is None:
-                    raise UsageError("E289", f"layer {layer} has no FFN channels to sort")
+                    raise UsageError(
+                        "E289",
+                        f"layer {layer} has no FFN channels to sort",
+                        help=f"leave layer {layer} out of the orders of channels",
+                    )
                 self._channels(ffn, order.channels)
         digest = hashlib.sha256(f"permuted 1\0{getattr(checkpoint, 'identity', '')}\0".encode())
         for name, axes in sorted(self._axes.items()):
@@ -150,6 +158,7 @@ class PermutedView:
             raise UsageError(
                 "E289",
                 f"layer {attention.layer} has {attention.groups} groups, the order of heads lists {len(order.heads)}",
+                help="one order of heads for each group",
             )
         within = [
             _permutation(
@@ -318,4 +327,5 @@ def _permutation(order: Sequence[int] | None, count: int, what: str) -> np.ndarr
 
 
 def _bad(what: str) -> InputError:
-    return InputError("E330", f"{FILE} is not usable: {printable(what)}", where=Where(file=FILE))
+    return InputError("E330", f"{FILE} is not usable: {printable(what)}", where=Where(file=FILE),
+                      help=f"restore {FILE} from a copy of the family, or make the family again")  # fmt: skip

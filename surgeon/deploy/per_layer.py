@@ -176,5 +176,8 @@ def _shape(number: int, block: Any, size: int) -> LayerShape:
 
 def _malformed(what: str) -> InputError:
     return InputError(
-        "E324", f"config.json is not usable: {printable(what)}", where=Where(file="config.json")
+        "E324",
+        f"config.json is not usable: {printable(what)}",
+        where=Where(file="config.json"),
+        help="block_configs has an entry for each layer, as surgeon prune wrote it: restore that file, or prune again",
     )

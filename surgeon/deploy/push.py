@@ -21,7 +21,7 @@ from surgeon import __version__
 from surgeon.checkpoint.header import printable
 from surgeon.checkpoint.strict_json import read_bytes
 from surgeon.deploy.hub_card import amended, check_card, is_licence
-from surgeon.errors import EnvironmentFault, InputError, UsageError, raise_all
+from surgeon.errors import EnvironmentFault, InputError, UsageError, Where, raise_all
 from surgeon.output.manifest import CHECKSUMS
 from surgeon.output.modelcard import looks_like_hub_id
 from surgeon.verify.static import verify_path
@@ -159,7 +159,8 @@ def _listed(folder: Path) -> tuple[list[str], tuple[str, ...]]:
     listed = {line[66:] for line in read_bytes(sums).decode().splitlines()} | {CHECKSUMS}
     missing = sorted(listed - set(present))
     if missing:
-        raise InputError("E353", f"{printable(missing[0])} is listed in {CHECKSUMS} and missing")
+        raise InputError("E353", f"{printable(missing[0])} is listed in {CHECKSUMS} and missing", where=Where(str(folder)),
+                         help="restore the file from a copy, or make the model again; surgeon verify shows all that differs")  # fmt: skip
     return [name for name in present if name in listed], tuple(n for n in present if n not in listed)
 
 

@@ -24,12 +24,13 @@ from surgeon.errors import InputError, SurgeonError, Where
 from surgeon.formats import compressed_runtimes
 from surgeon.formats.compressed_runtimes import ACROSS, STOCK, Choice, Reader, Runtime, Shape
 from surgeon.formats.scheme import Codes, Scheme
+from surgeon.formats.told_once import told_once
 from surgeon.traits import part_of
 
 VERSION = "0.16.1"
 """The auto-round whose reading the layout and the rules here were checked against."""
 
-BITS: dict[str, tuple[int, ...]] = {"transformers": (2, 3, 4, 8), "vllm": (4, 8)}
+BITS: dict[str, tuple[int, ...]] = {"transformers": (2, 3, 4, 5, 6, 7, 8), "vllm": (4, 8)}
 """Reader -> widths it takes."""
 
 LANES = 32
@@ -272,21 +273,27 @@ def refusals(
         matrices: name of every plain matrix of a linear module -> (shape, how it is stored; None in 16 bits).
     """
     found: list[SurgeonError] = []
-    for name, (shape, scheme) in matrices.items():
-        reason = scheme and storable(name, shape, scheme, reader, model_type)
-        if scheme and reason:
-            found.append(InputError(
-                "E458", f"{printable(name)} cannot be stored as {scheme.name} for auto-round: {reason}",
-                where=Where(tensor=printable(name)), help="choose another width or group size for it, or keep it in 16 bits",
-            ))  # fmt: skip
+    single = (
+        (name, (scheme.name, reason))
+        for name, (shape, scheme) in matrices.items()
+        if scheme and (reason := storable(name, shape, scheme, reader, model_type))
+    )
+    for name, more, (what, reason) in told_once(single):
+        found.append(InputError(
+            "E458", f"{printable(name)}{more and f' and {more}'} cannot be stored as {what} for auto-round: {reason}",
+            where=Where(tensor=printable(name)), help="choose another width or group size for it, or keep it in 16 bits",
+        ))  # fmt: skip
+    tied = []
     for group in ties(matrices, reader.runtime):
         said = sorted({scheme.name if (scheme := matrices[name][1]) else "16 bits" for name in group})
         if len(said) > 1:
-            found.append(InputError(
-                "E459", f"{reader.runtime} runs {printable(group[0])} and {len(group) - 1} more as one, but they are stored as "
-                f"{' and '.join(said)}",
-                where=Where(tensor=printable(group[0])), help="store them alike, or write the model for transformers",
-            ))  # fmt: skip
+            tied.append((group[0], (len(group) - 1, " and ".join(said))))
+    for name, more, (beside, what) in told_once(tied):
+        found.append(InputError(
+            "E459", f"{reader.runtime} runs {printable(name)} and {beside} more as one, but they are stored as {what}"
+            f"{more and f'; so it is with {more}'}",
+            where=Where(tensor=printable(name)), help="store them alike, or write the model for transformers",
+        ))  # fmt: skip
     return found
 
 

@@ -28,6 +28,7 @@ from surgeon.errors import InputError, SurgeonError, Where
 from surgeon.formats.compressed_runtimes import STOCK, Choice, Reader, Shape
 from surgeon.formats.encoded import CHUNK
 from surgeon.formats.scheme import Scheme
+from surgeon.formats.told_once import told_once
 from surgeon.traits import part_of
 
 VERSION = "0.50.2"
@@ -362,11 +363,14 @@ def refusals(
             where=Where(tensor=printable(experts[0])), help="store it in the auto-round format, which takes every expert by itself",
         )]  # fmt: skip
     found: list[SurgeonError] = []
-    for name, (shape, scheme) in matrices.items():
-        reason = scheme and storable(name, shape, scheme, reader)
-        if reason:
-            found.append(InputError("E461", f"{printable(name)} cannot be stored by bitsandbytes: {reason}",
-                                    where=Where(tensor=printable(name)), help="keep it in 16 bits"))  # fmt: skip
+    single = (
+        (name, reason)
+        for name, (shape, scheme) in matrices.items()
+        if scheme and (reason := storable(name, shape, scheme, reader))
+    )
+    for name, more, reason in told_once(single):
+        found.append(InputError("E461", f"{printable(name)}{more and f' and {more}'} cannot be stored by bitsandbytes: {reason}",
+                                where=Where(tensor=printable(name)), help="keep it in 16 bits"))  # fmt: skip
     kinds = sorted({scheme.name for _, scheme in matrices.values() if scheme is not None})
     if len(kinds) > 1:
         found.append(InputError("E461", f"bitsandbytes stores one kind of numbers in a model, here {' and '.join(kinds)}",

@@ -22,6 +22,7 @@ from surgeon.checkpoint.header import printable
 from surgeon.errors import InputError, SurgeonError, Where
 from surgeon.formats.compressed_groups import EXPERT, FORMATS
 from surgeon.formats.scheme import Scheme
+from surgeon.formats.told_once import told_once
 from surgeon.traits import part_of
 
 Runtime = Literal["transformers", "vllm"]
@@ -90,14 +91,22 @@ def refusals(
         matrices: name of every plain matrix of a linear module -> (shape, its scheme, None as it is).
     """
     found: list[SurgeonError] = []
-    for name, (shape, scheme) in matrices.items():
-        reason = scheme and storable(name, shape, scheme, reader)
-        if scheme and reason:
-            found.append(_refusal((name,), f"cannot be stored as {scheme.name}", reader, reason))
-    for group in ties(matrices, reader.runtime):
+    single = (
+        (name, (scheme.name, reason))
+        for name, (shape, scheme) in matrices.items()
+        if scheme and (reason := storable(name, shape, scheme, reader))
+    )
+    for name, more, (what, reason) in told_once(single):
+        found.append(_refusal((name,), f"cannot be stored as {what}", reader, reason, more))
+    groups = {group[0]: group for group in ties(matrices, reader.runtime)}
+    tied = []
+    for first, group in groups.items():
         said = sorted({scheme.name if (scheme := matrices[name][1]) else "plain" for name in group})
         if len(said) > 1:
-            found.append(_refusal(group, f"cannot be {' and '.join(said)}", reader, _why_tied(group, reader)))
+            tied.append((first, " and ".join(said)))
+    for first, more, what in told_once(tied):
+        reason = _why_tied(groups[first], reader) + (more and f"; so it is with {more}")
+        found.append(_refusal(groups[first], f"cannot be {what}", reader, reason))
     if reader.runtime == "transformers":
         experts = tuple(name for name in matrices if _of_expert(name))
         dense = {scheme for name, (_, scheme) in matrices.items() if scheme and not _of_expert(name)}
@@ -108,9 +117,10 @@ def refusals(
     return found
 
 
-def _refusal(names: tuple[str, ...], what: str, reader: Reader, reason: str) -> InputError:
+def _refusal(names: tuple[str, ...], what: str, reader: Reader, reason: str, alike: str = "") -> InputError:
     more = len(names) - 3
-    shown = ", ".join(map(printable, names[:3])) + (f" and {more} more" if more > 0 else "")
+    also = f"{more} more" if more > 0 else alike
+    shown = ", ".join(map(printable, names[:3])) + (f" and {also}" if also else "")
     return InputError(
         "E456", f"{shown} {what} for {reader.runtime}: {reason}", where=Where(tensor=printable(names[0])),
         help="choose other schemes for them, another runtime, or for experts a format that stores each on its own (auto-round)",

@@ -99,7 +99,9 @@ def plain_dtype(checkpoint: Checkpoint, scales: str) -> str:
     }
     if said - {None}:
         return "F32" if said - {None} == {"float32"} else "BF16"
-    plain = {info.dtype for name, info in checkpoint.tensors.items() if "scale" not in name.rpartition(".")[2]}
+    plain = {
+        info.dtype for name, info in checkpoint.tensors.items() if "scale" not in name.rpartition(".")[2]
+    }
     return "F32" if "F32" in plain and not plain & {"BF16", "F16"} else "BF16"
 
 

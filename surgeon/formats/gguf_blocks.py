@@ -7,9 +7,9 @@
     Q8_0    W = (code - 128) * d         d float16; 32 signed bytes
     MXFP4   W = e2m1(code) * 2**(s - 127)    s one byte; codes as Q4_0
 
-Symmetric codes with a float16 scale are stored exactly. Asymmetric ones have a zero point and ggml a smallest value,
-m = -zero * scale rounded to float16: all values of a group move by at most (2**bits - 1) / 2**11 of a step, .0073 of one
-for Q4_1 and .015 for Q5_1, where rounding itself moves each by up to half a step.
+Codes with a float16 scale are stored exactly, asymmetric ones when -zero * scale is a number of float16: grids for these
+files choose it so (`surgeon.quantize.grids`), and need no whole zero point. Of a whole one -zero * scale is rounded to
+float16, which moves all values of a group by at most (2**bits - 1) / 2**11 of a step.
 
 Types that ggml alone can make (Q4_K and others) are rounded by its own function, in the library that xllamacpp brings.
 Layouts: ggml-common.h and ggml-quants.c of llama.cpp.
@@ -127,7 +127,11 @@ def row_bytes(kind: str, columns: int) -> int:
     """
     reason = misfit((1, columns), kind)
     if reason is not None:
-        raise InputError("E466", f"a row cannot be stored as {kind}: {reason}")
+        raise InputError(
+            "E466",
+            f"a row cannot be stored as {kind}: {reason}",
+            help="choose another type for it, or leave it as it is",
+        )
     return columns // TYPES[kind].values * TYPES[kind].bytes
 
 
@@ -157,10 +161,10 @@ def layout(
     return [(stored_name(name, kind), "U8", (shape[0], row_bytes(kind, shape[1])))]
 
 
-def refusal(name: str, what: str, reason: str, help: str | None = None) -> InputError:
-    """Return E466: a matrix that GGUF does not store as it was to be."""
+def refusal(name: str, what: str, reason: str, help: str | None = None, alike: str = "") -> InputError:
+    """Return E466: a matrix that GGUF does not store as it was to be; ``alike``: words about others of its kind."""
     return InputError(
-        "E466", f"{printable(name)} cannot be stored as {what} in GGUF: {reason}", where=Where(tensor=printable(name)),
+        "E466", f"{printable(name)}{alike and f' and {alike}'} cannot be stored as {what} in GGUF: {reason}", where=Where(tensor=printable(name)),
         help=help or "choose another scheme for it, or leave it as it is",
     )  # fmt: skip
 

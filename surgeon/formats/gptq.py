@@ -27,7 +27,8 @@ from surgeon.formats.encoded import (
 )
 from surgeon.formats.input_major import InputMajor
 
-BITS = (2, 3, 4, 8)
+BITS = (2, 3, 4, 5, 6, 7, 8)
+"""Five, six and seven since auto-round 0.16; the same stream of bits as the others."""
 VERSIONS = {"gptq": 1, "gptq_v2": 0, "auto_round:auto_gptq": 1}
 """checkpoint_format, or packing_format of auto-round -> what is added to a stored zero point."""
 

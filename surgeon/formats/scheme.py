@@ -43,8 +43,9 @@ class Codes:
     Attributes:
         scheme: how.
         codes: uint8 [out, in], 0 to 2^bits - 1, in the order of the stored columns.
-        scales: float32 [out, groups], already rounded to the type they are stored in.
-        zeros: uint8 [out, groups]; 2^(bits - 1) everywhere when symmetric.
+        scales: float32 [out, groups], already rounded to the type they are stored in; of either sign.
+        zeros: uint8 [out, groups]; 2^(bits - 1) everywhere when symmetric. float32 where a smallest value is stored instead:
+            zeros = -smallest / scales, which may be any number.
         loss: relative output error tr(D H D') / tr(W H W') where it is known, else NaN.
     """
 

@@ -320,7 +320,7 @@ class _Run:
                     folded = fold(self._checkpoint, site, tensor_file.read(header[0], name))
                     factors += folded.factors
                     vectors |= folded.vectors
-        return ScaledView(self._checkpoint, factors, vectors, self._key)
+        return ScaledView(self._checkpoint, factors, vectors)
 
     def record(self, skipped: Sequence[Skipped]) -> dict[str, Any]:
         """Return what was found, as plain data."""

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from surgeon.formats.scheme import Scheme
-from surgeon.quantize.grids import STORED, clips, grid, group_of, nearest
+from surgeon.quantize.grids import STORED, clips, grid, group_of, nearest, on_whole_zeros
 from surgeon.quantize.output_error import energy
 
 STEPS = 20
@@ -158,6 +158,7 @@ def _rounded(one: Reader, scales: Tensor, scale_dtype: str, clip: bool | None) -
     steps, zeros = grid(
         weight, one.scheme, clip=clips(one.scheme, clip), scale_dtype=scale_dtype, module=one.module
     )
-    steps, zeros = steps[:, :, None], zeros[:, :, None].float()
-    codes = nearest(weight.reshape(len(weight), -1, group), steps, zeros, one.scheme.bits)
+    weight, whole = on_whole_zeros(weight, steps, zeros)
+    steps, zeros, whole = steps[:, :, None], zeros[:, :, None].float(), whole[:, :, None].float()
+    codes = nearest(weight.reshape(len(weight), -1, group), steps, whole, one.scheme.bits)
     return codes.sub_(zeros).mul_(steps).reshape(weight.shape).div_(scales)

@@ -6,7 +6,7 @@ Whether compiled code does it is decided here and cannot be seen in the result.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,10 +16,12 @@ from torch import Tensor
 from surgeon.quantize.grids import nearest
 
 WORTH = 1 << 19
-"""Weights of a matrix from which loading numba (0.5 s, once) pays."""
+"""Weights, of one matrix or of many small ones together, from which loading numba (0.5 s, once) pays."""
 
 _broken = False
 _forced: bool | None = None
+_seen = 0
+"""Weights of matrices that were asked about so far: experts are small, but there are thousands of them."""
 
 
 def enable(on: bool | None) -> None:
@@ -37,7 +39,9 @@ def _compiled() -> Callable[..., None]:
 
 def runner(weight: Tensor) -> Callable[..., None]:
     """Return the function that does what `sweep` does for blocks of a matrix such as ``weight``."""
-    wanted = weight.numel() >= WORTH if _forced is None else _forced
+    global _seen
+    _seen = min(WORTH, _seen + weight.numel())
+    wanted = _seen >= WORTH if _forced is None else _forced
     if not wanted or _broken or weight.device.type != "cpu" or weight.dtype != torch.float32:
         return sweep
     return _guarded
@@ -84,6 +88,24 @@ def _top(bits: int) -> Any:
     import numpy as np
 
     return np.float32(2**bits - 1)
+
+
+def stacked_sweep(blocks: Sequence[tuple[Any, ...]]) -> None:
+    """Do what `sweep` does for blocks of one shape of several matrices, a column of all of them at a time."""
+    bits = blocks[0][6]
+    work, original, factor = (torch.stack([block[part] for block in blocks]) for part in range(3))
+    scales, zeros = (torch.stack([block[part][block[5]] for block in blocks]) for part in (3, 4))
+    codes, change = (torch.stack([torch.empty_like(block[part]) for block in blocks]) for part in (7, 8))
+    for c in range(work.shape[1] - 1, -1, -1):
+        code = nearest(work[:, c], scales[:, c], zeros[:, c], bits)
+        codes[:, c] = code.to(torch.uint8)
+        found = code.sub_(zeros[:, c]).mul_(scales[:, c])
+        change[:, c] = found - original[:, c]
+        work[:, :c] -= factor[:, c, :c, None] * change[:, c, None]
+        work[:, c] = found - work[:, c]
+    for place, block in enumerate(blocks):
+        for part, made in ((0, work), (7, codes), (8, change)):
+            block[part].copy_(made[place])
 
 
 def sweep(

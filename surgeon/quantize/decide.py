@@ -117,19 +117,22 @@ def by_expert_bits(session: Session, average: float) -> Decision:
         UsageError: E462 an average out of reach, E488 a granularity; InputError: E477 no experts.
     """
     from surgeon.quantize.expert_bits import expert_bits
+    from surgeon.quantize.expert_menu import expert_menu, expert_ties
     from surgeon.quantize.measuring.pmq_scores import pmq_scores
     from surgeon.structure.experts.find import experts_of
 
     request = session.request
-    menu = [scheme for scheme in schemes_of_menu(session) if scheme.kind == "int"]
+    menu = expert_menu(session)
     scores = pmq_scores(
         session.checkpoint, experts_of(session.checkpoint), session.linear.layers, menu, session.form, session.texts.statistics,
-        session.settings, session.options, progress=session.tell, stop=session.stop,
+        session.settings, session.options, by_projection=request.granularity == "projection", progress=session.tell,
+        stop=session.stop,
     )  # fmt: skip
     matrices = wishes.every(session)
     found = expert_bits(
         scores, menu, average, elements={name: m.elements for name, m in matrices.items()},
         granularity=request.granularity, scope="model" if request.scope == "model" else "layer", must=request.must_appear,
+        ties=expert_ties(session),
     )  # fmt: skip
     asked = wishes.wishes(session)
     rest = parse("W4A16", session.form.name, group_size=request.group_size, symmetric=request.symmetric)
@@ -152,16 +155,25 @@ def by_expert_bits(session: Session, average: float) -> Decision:
 
 def schemes_of_menu(session: Session) -> list[Scheme]:
     """Return the schemes a target chooses from, with those that patterns ask for."""
+    found = wishes.menu(session, widths_of(session))
+    for wanted in wishes.wishes(session).fixed.values():
+        found.append(wanted.scheme)
+    return [scheme for scheme in dict.fromkeys(found) if scheme is not None]
+
+
+def widths_of(session: Session) -> tuple[int, ...]:
+    """Return the widths of integers a target chooses from.
+
+    Raises:
+        UsageError: E217 one that the form does not store.
+    """
     request, form = session.request, session.form
     widths = request.bits or tuple(width for width in MENU if width in form.widths) or form.widths
     wrong = [width for width in request.bits if form.widths and width not in form.widths]
     if wrong:
         raise UsageError("E217", f"{form.name} stores no matrices of {wrong[0]} bits for {form.reader.runtime}",
                          help="it stores " + ", ".join(map(str, form.widths)))  # fmt: skip
-    found = wishes.menu(session, widths)
-    for wanted in wishes.wishes(session).fixed.values():
-        found.append(wanted.scheme)
-    return [scheme for scheme in dict.fromkeys(found) if scheme is not None]
+    return widths
 
 
 def alternatives(session: Session, table: Sensitivities) -> list[Alternative]:
@@ -214,13 +226,7 @@ def sensitivities(session: Session, menu: Sequence[Scheme]) -> Sensitivities:
     """Return losses of all matrices in all schemes: from the file that was given, kept, or measured now."""
     request = session.request
     given = Path(request.sensitivities).expanduser() if request.sensitivities else None
-    if given is not None and given.is_file():
-        kind = None if request.sensitivity == "auto" else request.sensitivity
-        table = sensitivity_file.load(given, kind=kind)  # type: ignore[arg-type]
-        if table.about.get("checkpoint") != [header.sha256 for header in session.checkpoint.headers]:
-            # Names and shapes may agree all the same: a fine-tune's losses are not its base's.
-            raise InputError("E463", f"{given.name} was measured on another model", where=Where(str(given)),
-                             help="name a file that is not there yet: losses of this model are written to it")  # fmt: skip
+    if given is not None and (table := _given(session, given)) is not None:
         session.say(f"sensitivities from {given.name} ({table.kind}): the model is not run for them")
         return table
     table = (
@@ -231,6 +237,37 @@ def sensitivities(session: Session, menu: Sequence[Scheme]) -> Sensitivities:
     if given is not None:
         given.parent.mkdir(parents=True, exist_ok=True)
         sensitivity_file.save(given, table)
+    return table
+
+
+def check_given(session: Session) -> None:
+    """Refuse a file of sensitivities that nothing can be chosen by, without a text or a weight being read.
+
+    Raises:
+        InputError: E463 the file, E464 it lacks a matrix or a width of the menu.
+    """
+    request = session.request
+    if not request.sensitivities or not (table := _given(session, Path(request.sensitivities).expanduser())):
+        return
+    measured = {by_name(name).bits for name in table.formats}
+    absent = sorted(set(request.bits) - measured)
+    if absent:
+        name = Path(request.sensitivities).name
+        raise InputError("E464", f"{name} holds no losses of {' and '.join(map(str, absent))} bits", where=Where(request.sensitivities),
+                         help=f"--bits {','.join(map(str, sorted(measured)))}, or a file that is not there yet, to measure again")  # fmt: skip
+    alternatives(session, table)
+
+
+def _given(session: Session, file: Path) -> Sensitivities | None:
+    """Return the losses in a file, None where there is none yet."""
+    if not file.exists():
+        return None
+    request = session.request
+    table = sensitivity_file.load(file, kind=None if request.sensitivity == "auto" else request.sensitivity)
+    if table.about.get("checkpoint") != [header.sha256 for header in session.checkpoint.headers]:
+        # Names and shapes may agree all the same: a fine-tune's losses are not its base's.
+        raise InputError("E463", f"{file.name} was measured on another model", where=Where(str(file)),
+                         help="name a file that is not there yet: losses of this model are written to it")  # fmt: skip
     return table
 
 

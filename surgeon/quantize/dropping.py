@@ -13,7 +13,8 @@ from typing import Any
 from surgeon.errors import UsageError
 from surgeon.formats.scheme import Scheme
 from surgeon.quantize import wishes
-from surgeon.quantize.decide import Decision, schemes_of_menu
+from surgeon.quantize.decide import Decision
+from surgeon.quantize.expert_menu import expert_menu
 from surgeon.quantize.joint_experts import JointExperts, block_outputs, bytes_beside, joint_experts
 from surgeon.quantize.measuring.pmq_scores import LayerScores, pmq_scores
 from surgeon.quantize.scheme_names import Wanted, parse
@@ -36,7 +37,7 @@ def dropped(session: Session) -> tuple[Session, Decision]:
     request = session.request
     assert request.target_size is not None
     experts = experts_of(session.checkpoint)
-    menu = [scheme for scheme in schemes_of_menu(session) if scheme.kind == "int"]
+    menu = expert_menu(session)
     scores = pmq_scores(
         session.checkpoint, experts, session.linear.layers, menu, session.form, session.texts.statistics, session.settings,
         session.options, progress=session.tell, stop=session.stop,
@@ -45,7 +46,11 @@ def dropped(session: Session) -> tuple[Session, Decision]:
         session.checkpoint, experts, session.texts.statistics, session.plain_settings, stop=session.stop,
         progress=lambda done, total: session.tell("outputs of experts", done, total),
     )  # fmt: skip
-    budget = int(request.target_size) - _rest(session, scores)
+    rest = _rest(session, scores)
+    budget = int(request.target_size) - rest
+    if budget <= 0:
+        raise UsageError("E462", f"a size of {int(request.target_size):,} bytes cannot be reached by dropping experts: all that is "
+                         f"not of experts takes {rest:,}", help="raise the target, or name fewer bits for the rest: --scheme 're:.*self_attn.*=W4A16'")  # fmt: skip
     for _ in range(ROUNDS):
         best = _best(session, experts, scores, outputs, menu, budget)
         left = _left(session, experts, best)

@@ -6,6 +6,7 @@ Costs are phi^alpha w^beta eps^gamma, the program is solved exactly (`surgeon.qu
 over the parameters of the experts: of nominal bits, as the papers count, or of stored bits with scales, zero points and
 padding. It holds for every layer (the papers' form) or for all layers together, which is never worse. Super experts get the
 largest width, and so does a layer that holds one where layers have one width each; that is charged, and not in the papers.
+Matrices that lie in one tensor of the file (GGUF: a projection of all experts of a layer) are one row of the program.
 
 Sources: MC-MoE (arXiv 2410.06270, section 3.2), MC# (arXiv 2510.10962).
 """
@@ -104,7 +105,7 @@ class _Rows:
 def expert_bits(
     scores: Sequence[Scores], menu: Sequence[Scheme], average: float, *, elements: Mapping[str, int],
     granularity: Granularity = "expert", scope: Scope = "layer", count: Count = "nominal", must: Sequence[int] = (),
-    alpha: float = 1.0, beta: float = 1.5, gamma: float = 1.0,
+    ties: Sequence[Sequence[str]] = (), alpha: float = 1.0, beta: float = 1.5, gamma: float = 1.0,
 ) -> ExpertBits:  # fmt: skip
     """Return the scheme of every matrix of the experts.
 
@@ -118,6 +119,7 @@ def expert_bits(
         count: what is averaged.
         must: widths that must appear among the rows of each layer (the paper: 3 and 2), or, where layers have one width
             each, among the layers.
+        ties: labels of matrices that have to share a scheme, whatever the granularity; those of a tie lie in one layer.
         alpha, beta, gamma: exponents of frequency, routing weight and error.
 
     Raises:
@@ -125,7 +127,7 @@ def expert_bits(
         InputError: E465 the stored sizes have too many totals to tell apart.
     """
     columns = _columns(menu, must)
-    layers = [_rows(one, menu, elements, granularity, (alpha, beta, gamma)) for one in scores]
+    layers = [_tied(_rows(one, menu, elements, granularity, (alpha, beta, gamma)), ties) for one in scores]
     together = granularity == "layer" and scope == "model"
     if together:  # one row a layer: they are the rows of one program, so that widths can appear among them
         layers = [_joined(layers)]
@@ -199,6 +201,28 @@ def _rows(
     return _Rows(
         summed, stored, pmq.granularity(granularity, costs, nominal)[1], tuple(rows), tuple(pinned), priority
     )
+
+
+def _tied(rows: _Rows, ties: Sequence[Sequence[str]]) -> _Rows:
+    """Return rows of which those that hold matrices of one tie are one."""
+    at = {label: row for row, labels in enumerate(rows.members) for label in labels}
+    group = list(range(len(rows.members)))
+    for tie in ties:
+        own = {group[at[label]] for label in tie if label in at}
+        if len(own) > 1:
+            group = [min(own) if number in own else number for number in group]
+    order = sorted(set(group))
+    if len(order) == len(group):
+        return rows
+    places = [order.index(number) for number in group]
+    costs, stored = pmq.tied(rows.costs, rows.stored, places)
+    members: list[list[str]] = [[] for _ in order]
+    for place, labels in zip(places, rows.members, strict=True):
+        members[place] += labels
+    return _Rows(
+        costs, stored, pmq.tied(rows.costs, rows.nominal, places)[1], tuple(map(tuple, members)),
+        tuple(sorted({places[row] for row in rows.pinned})), np.bincount(places, rows.priority, len(order)),
+    )  # fmt: skip
 
 
 def _joined(layers: Sequence[_Rows]) -> _Rows:

@@ -4,6 +4,10 @@ A code u in 0 .. n, n = 2^bits - 1, stands for (u - zero) * scale; every output 
 ``group`` consecutive inputs. Symmetric: scale = 2 max|w| / n and zero = (n + 1) / 2, so that the largest positive weight
 lies half a step above the last code. Asymmetric: from min(w, 0) to max(w, 0), so that zero is representable.
 
+Files of llama.cpp have no zero points: an asymmetric group stores its smallest value m in float16, a multiple of the scale
+or not. Then the range is min(w) to max(w), and "zero" is the fraction -m / scale. Their symmetric groups have the scale
+-e / 2^(bits - 1), e the weight largest in magnitude, with its sign: code 0 is e itself, and steps are shorter than above.
+
 Scales are rounded to the type they will be stored in before any code is computed: the error that is reported is
 that of the file. Clipping tries the scale times 1.00, 0.99 .. 0.20 and keeps what leaves the smallest sum of squared
 errors, as the search in the code of GPTQ does (Frantar et al. 2022, 2210.17323; there with exponent 2.4).
@@ -20,11 +24,17 @@ from surgeon.checkpoint.header import printable
 from surgeon.errors import InputError, Where
 from surgeon.formats.scheme import Codes, Scheme
 
-STORED = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
-"""Types scales are stored in."""
+STORED = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "GGML": torch.float16}
+"""Types scales are stored in; GGML: in float16, and so is the smallest value of an asymmetric group."""
 
 SMALLEST = 1e-8
 """No scale is smaller: codes are quotients by it."""
+
+SUBNORMAL = 2.0**-21
+"""No scale of a file of llama.cpp is smaller in magnitude: float16 has three binary digits left there. ggml flushes none to zero."""
+
+FINEST = 2.0**14
+"""Steps in the magnitude of a smallest value stored in float16, at most."""
 
 SHRUNK = tuple(1 - step / 100 for step in range(81))
 """Parts of the full range that clipping tries."""
@@ -66,12 +76,18 @@ def working(weight: Tensor, module: str = "the matrix") -> Tensor:
         InputError: E451 it holds a NaN or an infinity.
     """
     weight = weight if weight.dtype == torch.float64 else weight.float()
-    if not bool(torch.isfinite(weight).all()):
+    if not finite(weight):
         raise InputError(
             "E451", f"{printable(module)} holds a NaN or an infinity", where=Where(tensor=printable(module)),
             help="the checkpoint is damaged: surgeon verify names every such tensor",
         )  # fmt: skip
     return weight
+
+
+def finite(matrix: Tensor) -> bool:
+    """Say whether every entry is finite. A NaN or an infinity always reaches the sum, which is one fast pass; the sum
+    of finite entries may overflow, so only where it has are entries looked at one by one."""
+    return bool(torch.isfinite(matrix.sum())) or bool(torch.isfinite(matrix).all())
 
 
 def grid(
@@ -84,13 +100,13 @@ def grid(
         weight: [out, in], float32 (any other float type is converted; float64 is kept).
         scheme: of kind "int"; in is a multiple of its group.
         clip: search for the range that leaves the least squared error, instead of the whole one.
-        scale_dtype: "F16", "BF16" or "F32", what scales are stored in.
+        scale_dtype: of `STORED`, what scales are stored in.
         importance: [in], weight of an input's squared error in that search (mean of its squared activations).
         module: for messages.
 
     Returns:
         scales [out, groups] in the precision of the computation, already rounded to ``scale_dtype``;
-        zeros uint8 [out, groups].
+        zeros uint8 [out, groups], or in the precision of the computation where smallest values are stored.
 
     Raises:
         InputError: E450 (`group_of`), E451 (`working`), E453 a scale is beyond ``scale_dtype``.
@@ -98,22 +114,26 @@ def grid(
     weight = working(weight, module)
     group = group_of(weight.shape[1], scheme, module)
     scales = weight.new_empty(weight.shape[0], weight.shape[1] // group)
-    zeros = torch.empty(scales.shape, dtype=torch.uint8, device=weight.device)
+    free = scale_dtype == "GGML" and not scheme.symmetric
+    zeros = torch.empty(scales.shape, dtype=weight.dtype if free else torch.uint8, device=weight.device)
     if importance is not None:
         importance = importance.to(weight).reshape(-1, group)
     for rows in _pieces(weight):
         part = weight[rows].reshape(-1, scales.shape[1], group)
-        low, high = part.amin(2).clamp_(max=0), part.amax(2).clamp_(min=0)
+        low, high = part.amin(2), part.amax(2)
+        if not free:
+            low.clamp_(max=0)
+            high.clamp_(min=0)
         if clip:
             found = _searched(part, low, high, scheme, scale_dtype, importance)
         else:
             found = _fitted(low, high, scheme, scale_dtype)
-        scales[rows], zeros[rows] = found[0], found[1].to(torch.uint8)
-    if not bool(torch.isfinite(scales).all()):
+        scales[rows], zeros[rows] = found[0], found[1].to(zeros.dtype)
+    if not bool(torch.isfinite(scales).all() and torch.isfinite(zeros).all()):
         raise InputError(
-            "E453", f"{printable(module)} needs scales beyond the range of {scale_dtype}",
+            "E453", f"{printable(module)} needs scales beyond the range of {'F16' if scale_dtype == 'GGML' else scale_dtype}",
             where=Where(tensor=printable(module)),
-            help="store scales in bfloat16, or keep this matrix as it is",
+            help="keep this matrix as it is, or store scales in bfloat16",
         )  # fmt: skip
     return scales, zeros
 
@@ -123,14 +143,31 @@ def nearest(weight: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
     return torch.clamp_((weight / scales).round_().add_(zeros), 0, 2**bits - 1)
 
 
+def on_whole_zeros(weight: Tensor, scales: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor]:
+    """Return weights and zero points that have the same codes and the same errors on a grid of whole zero points.
+
+    A fraction of a zero point moves all values of its group alike, so weights moved the other way are as far from them.
+
+    Args:
+        weight: [out, in].
+        scales, zeros: [out, groups], as `grid` makes them.
+    """
+    if not zeros.is_floating_point():
+        return weight, zeros
+    whole = zeros.floor()
+    moved = weight.reshape(len(weight), zeros.shape[1], -1) + ((zeros - whole) * scales)[..., None]
+    return moved.reshape(weight.shape), whole
+
+
 def round_to_grid(weight: Tensor, scales: Tensor, zeros: Tensor, scheme: Scheme) -> Codes:
     """Return the nearest codes of a matrix [out, in] on a grid [out, groups] as `grid` makes it."""
     weight = working(weight)
     group = group_of(weight.shape[1], scheme)
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     for rows in _pieces(weight):
-        part = weight[rows].reshape(-1, scales.shape[1], group)
-        found = nearest(part, scales[rows, :, None], zeros[rows, :, None], scheme.bits)
+        part, whole = on_whole_zeros(weight[rows], scales[rows], zeros[rows])
+        part = part.reshape(-1, scales.shape[1], group)
+        found = nearest(part, scales[rows, :, None], whole[..., None], scheme.bits)
         codes[rows] = found.reshape(-1, weight.shape[1]).to(torch.uint8)
     return as_codes(codes, scales, zeros, scheme)
 
@@ -155,6 +192,8 @@ def _fitted(
 ) -> tuple[Tensor, Tensor]:
     """Return scales and zero points (as floats) of groups from ``low`` <= 0 to ``high`` >= 0, shrunk to ``part``."""
     top = 2**scheme.bits - 1
+    if scale_dtype == "GGML":
+        return (_fitted_to_extreme if scheme.symmetric else _fitted_freely)(low, high, top, part)
     span = 2 * torch.maximum(-low, high) if scheme.symmetric else high - low
     stored = STORED[scale_dtype]
     # A subnormal scale has few digits left, and some readers flush it to zero.
@@ -164,6 +203,27 @@ def _fitted(
     if scheme.symmetric:
         return scales, torch.full_like(scales, (top + 1) // 2)
     return scales, (low * -part / scales).round_().clamp_(0, top)
+
+
+def _fitted_to_extreme(low: Tensor, high: Tensor, top: int, part: float) -> tuple[Tensor, Tensor]:
+    """As `_fitted` for symmetric groups of llama.cpp, whose scale has the sign that gives their largest weight the code 0."""
+    half = (top + 1) // 2
+    size = torch.maximum(-low, high).mul_(part / half).clamp_(min=SUBNORMAL).to(torch.float16).to(low.dtype)
+    scales = torch.where(high > -low, -size, size)
+    return scales, torch.full_like(scales, half)
+
+
+def _fitted_freely(low: Tensor, high: Tensor, top: int, part: float) -> tuple[Tensor, Tensor]:
+    """As `_fitted` for groups that store their smallest value in float16, shrunk towards their middle.
+
+    The scale is fitted to what the rounded smallest value leaves to reach.
+    """
+    cut = (high - low) * ((1 - part) / 2)
+    smallest = (low + cut).to(torch.float16).to(low.dtype)
+    # Steps finer than the smallest value's own digits gain nothing and would need zero points of many digits.
+    floor = (smallest.abs() / FINEST).clamp_(min=SUBNORMAL)
+    scales = torch.maximum((high - cut - smallest) / top, floor).to(torch.float16).to(low.dtype)
+    return scales, -smallest / scales
 
 
 def _searched(
@@ -192,11 +252,12 @@ def _squared_error(
 ) -> Tensor:
     """Return the sum of squared errors of each group. As `nearest`, in fewer passes: the search spends its time here."""
     top = 2**scheme.bits - 1
-    torch.div(part, scales, out=space).round_()
+    torch.div(part, scales, out=space)
     if scheme.symmetric:
-        space.clamp_(-((top + 1) // 2), top // 2)
+        space.round_().clamp_(-((top + 1) // 2), top // 2)
     else:
-        space.add_(zeros).clamp_(0, top).sub_(zeros)
+        whole = zeros.floor()
+        space.add_(zeros - whole).round_().add_(whole).clamp_(0, top).sub_(zeros)
     torch.addcmul(part, space, scales, value=-1, out=space).square_()
     return (space if importance is None else space.mul_(importance)).sum(2)
 
@@ -204,7 +265,7 @@ def _squared_error(
 def _clipped(low: Tensor, high: Tensor, scales: Tensor, scheme: Scheme) -> Tensor:
     """Return a bound from below of the squared error of the extremes alone."""
     if scheme.symmetric:
-        beyond = torch.maximum(-low, high) - 2 ** (scheme.bits - 1) * scales
+        beyond = torch.maximum(-low, high) - 2 ** (scheme.bits - 1) * scales.abs()
         return beyond.clamp_(min=0).square_()
     # The grid is shorter than the span by so much, shared by the two ends in some way: at best in halves.
     beyond = (high - low) - (2**scheme.bits - 1) * scales

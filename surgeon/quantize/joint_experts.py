@@ -15,7 +15,7 @@ in the place of the one that is gone) is left out. So after a first solution, me
 solve once more with the number of removed experts fixed.
 
 Which of all solutions is best is solved exactly, see `surgeon.quantize.allocation.joint`. Super experts are never
-removed.
+removed, and routing groups lose equally many: their router cuts its rows at fixed borders.
 """
 
 from __future__ import annotations
@@ -219,9 +219,6 @@ def joint_experts(
         UsageError: E462 nothing fits the budget; E489 the numbers of experts cannot be chosen so.
         InputError: E404 experts of a family that cannot lose any.
     """
-    if experts.groups > 1:
-        raise UsageError("E489", f"a token is limited to some of {experts.groups} groups of experts, and each group must lose as many",
-                         help="surgeon prune --method reap keeps groups equal; then surgeon quantize")  # fmt: skip
     if {one.layer for one in scores} != {layer.index for layer in experts.running}:
         raise UsageError("E489", "the matrices of some layers of experts are kept as they are, but all layers lose as many experts",
                          help="leave no layer of experts out, or choose widths alone")  # fmt: skip
@@ -232,19 +229,29 @@ def joint_experts(
     sizes = np.stack([_sizes(one) + beside[one.layer] for one in scores])
     possible = _counts(experts, removal, counts)
     solve = joint.by_expert if granularity == "expert" else joint.by_layer
-    found = solve(kept, removal, sizes, budget, active=experts.top_k, counts=possible, seconds=seconds)
+    found = solve(
+        kept,
+        removal,
+        sizes,
+        budget,
+        active=experts.top_k,
+        counts=possible,
+        groups=experts.groups,
+        seconds=seconds,
+    )
     return _result(experts, scores, menu, found)
 
 
 def _counts(experts: Experts, removal: np.ndarray, counts: Collection[int] | None) -> list[int]:
     """Return the numbers of experts that may go from every layer."""
-    most = int(np.isfinite(removal).sum(axis=1).min())
+    most = joint.removable(removal, experts.groups)
     possible = [experts.count - keep for keep in valid_counts(experts)]
     wanted = sorted(p for p in possible if p <= most and (counts is None or p in counts))
     if not wanted:
         most = max((p for p in possible if p <= most), default=0)
-        raise UsageError("E489", f"from none to {most} of {experts.count} experts can go, not {sorted(counts or ())}",
-                         help=f"a token selects {experts.top_k}, and protected experts stay")  # fmt: skip
+        step = f" in steps of {experts.groups}" if experts.groups > 1 else ""
+        raise UsageError("E489", f"from none to {most} of {experts.count} experts can go{step}, not {sorted(counts or ())}",
+                         help=f"a token selects {experts.top_k}, protected experts stay, and routing groups lose equally many")  # fmt: skip
     return wanted
 
 

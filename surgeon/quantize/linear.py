@@ -52,7 +52,7 @@ def linear_of(checkpoint: Checkpoint, settings: Settings, ignore: Sequence[str] 
     skipped = [name for pattern in ignore for name in _named(pattern, checkpoint, "--ignore")]
     layers = matrices_of(checkpoint, skeleton, ignore=[name for name in skipped if name != head])
     for matrix in (matrix for layer in layers for matrix in layer):
-        _check(matrix)
+        _check(matrix, (checkpoint.config or {}).get("model_type"))
     taken = {matrix.tensor for layer in layers for matrix in layer}
     others = tuple(
         name.removesuffix(".weight")
@@ -101,15 +101,20 @@ def named(pattern: str, linear: Linear, checkpoint: Checkpoint) -> set[str]:
     return found
 
 
-def _check(matrix: Matrix) -> None:
+def _check(matrix: Matrix, model_type: str | None) -> None:
+    where = Where(tensor=printable(matrix.tensor))
     if matrix.expert is not None:
+        own = "; gpt-oss is published in a four-bit form of its own, MXFP4" if model_type == "gpt_oss" else ""
         raise InputError(
-            "E231", f"{printable(matrix.tensor)} holds all experts of a layer in one tensor; quantized forms store each matrix by itself",
-            where=Where(tensor=printable(matrix.tensor)),
-            help="--ignore it, or start from a checkpoint that stores each expert by itself",
+            "E231", f"{printable(matrix.tensor)} holds all experts of a layer in one tensor; readers of quantized forms look for each matrix by itself",
+            where=where, help=f"--ignore it, or start from a checkpoint that stores each expert by itself{own}",
         )  # fmt: skip
-    if matrix.transposed or not matrix.tensor.endswith(".weight"):
+    if matrix.transposed:
         raise InputError(
-            "E231", f"{printable(matrix.tensor)} is stored [in, out] (Conv1D), which quantized forms do not know",
-            where=Where(tensor=printable(matrix.tensor)), help="use a family of linear modules; GPT-2 is not one",
+            "E231", f"{printable(matrix.tensor)} is stored [in, out] (Conv1D), and linear modules alone are written quantized: "
+            "readers of compressed-tensors would leave it random", where=where,
+            help="bitsandbytes takes Conv1D while transformers loads the plain model: BitsAndBytesConfig(load_in_4bit=True)",
         )  # fmt: skip
+    if not matrix.tensor.endswith(".weight"):
+        raise InputError("E231", f"{printable(matrix.tensor)} is a matrix that quantized forms have no name for: theirs end in .weight",
+                         where=where, help="--ignore it")  # fmt: skip

@@ -10,6 +10,9 @@ from surgeon.formats.scheme import Codes
 
 STRIP = 512
 
+PIECE = 1 << 22
+"""Weights whose values are made at once: that takes five copies of them."""
+
 
 def energy(weight: Tensor, hessian: Tensor) -> float:
     """Return tr(W H W') for W [out, in] and symmetric H [in, in]; with H = sum of x x' it is ||W X||^2.
@@ -30,6 +33,17 @@ def energy(weight: Tensor, hessian: Tensor) -> float:
     return total
 
 
+def error(codes: Codes, weight: Tensor, hessian: Tensor) -> float:
+    """Return tr((Q - W) H (Q - W)') for the values Q of codes, made a range of outputs after the other."""
+    weight = weight if weight.dtype == torch.float64 else weight.float()
+    step, total = max(1, PIECE // weight.shape[1]), 0.0
+    for start in range(0, len(weight), step):
+        rows = slice(start, start + step)
+        part = Codes(codes.scheme, codes.codes[rows], codes.scales[rows], codes.zeros[rows])
+        total += energy(torch.from_numpy(part.values()).to(weight).sub_(weight[rows]), hessian)
+    return max(0.0, total)
+
+
 def relative(codes: Codes, weight: Tensor, hessian: Tensor, total: float | None = None) -> float:
     """Return tr((Q - W) H (Q - W)') / tr(W H W'); 0 where the matrix computes nothing.
 
@@ -41,5 +55,4 @@ def relative(codes: Codes, weight: Tensor, hessian: Tensor, total: float | None 
     """
     weight = weight if weight.dtype == torch.float64 else weight.float()
     total = energy(weight, hessian) if total is None else total
-    difference = torch.from_numpy(codes.values()).to(weight).sub_(weight)
-    return max(0.0, energy(difference, hessian)) / total if total > 0 else 0.0
+    return error(codes, weight, hessian) / total if total > 0 else 0.0

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from surgeon.errors import UsageError, close_matches
+from surgeon.errors import UsageError, close_matches, wrong_options
 from surgeon.quantize import forms
 
 METHODS = {
@@ -180,6 +180,9 @@ class QuantizeRequest(BaseModel):
             raise UsageError("E217", "--allocation pmq chooses widths of experts for an average of bits", help="--target-bits 2.5, without --drop-experts")  # fmt: skip
         if self.allocation == "pmq" and self.sensitivity != "auto":
             raise UsageError("E217", "--sensitivity has no effect on --allocation pmq, which has a score of its own", help="leave it out")  # fmt: skip
+        if self.sensitivities and (self.allocation == "pmq" or self.drop_experts):
+            option = "--drop-experts" if self.drop_experts else "--allocation pmq"
+            raise UsageError("E217", f"--sensitivities has no effect on {option}, which measures losses of its own", help="leave it out")  # fmt: skip
         if self.drop_experts and self.format == "gguf":
             raise UsageError("E217", "--drop-experts writes folders", help="surgeon prune --keep-experts first, then --format gguf")  # fmt: skip
         if self.drop_experts and self.target_size is None:
@@ -215,14 +218,9 @@ def build(**values: Any) -> QuantizeRequest:
     try:
         return QuantizeRequest(**values).checked()
     except ValidationError as error:
-        first = error.errors()[0]
-        name = str(first["loc"][0]) if first["loc"] else "request"
-        if first["type"] == "extra_forbidden":
-            near = close_matches(name, QuantizeRequest.model_fields)
-            raise UsageError(
-                "E217", f"quantize has no option {_option(name)[:60]}", help=near or None
-            ) from None
-        raise UsageError("E217", f"{_option(name)}: {first['msg'].lower()}", help=f"given: {str(first.get('input'))[:60]}") from None  # fmt: skip
+        raise wrong_options(
+            error.errors(), code="E217", verb="quantize", known=QuantizeRequest.model_fields
+        ) from None
 
 
 def _option(name: str) -> str:

@@ -25,7 +25,7 @@ from surgeon.formats.dequantized import dequantized
 from surgeon.output.manifest import MANIFEST
 from surgeon.output.places import check_places, enough_disk, inputs_of, locked, same_result
 from surgeon.plan import Plan
-from surgeon.quantize import decide, gguf_file, wishes
+from surgeon.quantize import decide, expert_menu, gguf_file, wishes
 from surgeon.quantize.decide import PLAN_FILE, Decision
 from surgeon.quantize.request import QuantizeRequest
 from surgeon.quantize.scheme_names import by_name, parse
@@ -93,16 +93,17 @@ def quantize(
         source, request, request.work_folder(destination), progress or (lambda *_: None), say, stop
     )
     _ = session.checkpoint, session.linear, session.form
-    if (request.allocation == "pmq" or request.drop_experts) and not any(
-        m.routed for m in session.linear.matrices
-    ):
-        option = "--drop-experts" if request.drop_experts else "--allocation pmq"
-        raise UsageError("E217", f"{option} is about experts, and {source.key} has none that can be quantized",
-                         help="leave it out: a target chooses a width for every matrix")  # fmt: skip
-    named = wishes.assigned(session) if request.target is None and request.plan is None else None
+    if request.allocation == "pmq" or request.drop_experts:
+        if not any(m.routed for m in session.linear.matrices):
+            option = "--drop-experts" if request.drop_experts else "--allocation pmq"
+            raise UsageError("E217", f"{option} is about experts, and {source.key} has none that can be quantized",
+                             help="leave it out: a target chooses a width for every matrix")  # fmt: skip
+        expert_menu.check(session)
+    named = _named(session)
     document = _document(session, destination)
     if not session.form.folder:
         export_gguf.check_place(destination)
+        _ = session.gguf_sizes  # refuses what llama.cpp has no graph or no words for
     same = _unchanged(session, destination) if resume else None
     if same is not None:
         return {**document, **same, "seconds": _since(started)}
@@ -129,6 +130,17 @@ def quantize(
         with suppress(OSError):  # other things may lie there: steps of a recipe
             session.work.parent.rmdir()
     return {**document, **found, "seconds": _since(started), "peak_memory_bytes": peak_memory()}
+
+
+def _named(session: Session) -> Schemes | None:
+    """Return the schemes that need no text to be known, and refuse files that do not fit; None where a target decides."""
+    request = session.request
+    if request.plan is not None:
+        return decide.planned(session, Path(request.plan).expanduser()).schemes
+    if request.target is None:
+        return wishes.assigned(session)
+    decide.check_given(session)
+    return None
 
 
 def _resolved(request: QuantizeRequest, say: Say) -> QuantizeRequest:

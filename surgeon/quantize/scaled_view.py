@@ -39,14 +39,13 @@ class ScaledView:
         model: a model of plain numbers.
         factors: what is multiplied; factors of one tensor apply in their order.
         vectors: tensor [n] -> values in its own type, instead of the model's.
-        key: what the factors depend on; equal keys mean equal values.
 
     Attributes:
         identity: digest of the model's identity and of everything that changes it.
     """
 
     def __init__(
-        self, model: Checkpoint, factors: Sequence[Factor], vectors: Mapping[str, np.ndarray], key: str = ""
+        self, model: Checkpoint, factors: Sequence[Factor], vectors: Mapping[str, np.ndarray]
     ) -> None:
         self._model = model
         self.label = model.label
@@ -57,7 +56,7 @@ class ScaledView:
         self.tensors: dict[str, TensorInfo] = dict(model.tensors)
         self._vectors = dict(vectors)
         self._factors: dict[str, list[Factor]] = {}
-        digest = hashlib.sha256(f"scaled view 1 {getattr(model, 'identity', '')} {key}\0".encode())
+        digest = hashlib.sha256(f"scaled view 2 {getattr(model, 'identity', '')}\0".encode())
         for factor in factors:
             _check(factor, self.tensors[factor.span.tensor])
             self._factors.setdefault(factor.span.tensor, []).append(factor)

@@ -40,7 +40,18 @@ from surgeon.quantize.forms import Form, Parts
 from surgeon.quantize.grids import clips
 from surgeon.quantize.layer_file import LayerFiles, Values, write_rows
 from surgeon.quantize.observing import Inputs, kind_of
-from surgeon.quantize.solving import Options, by_rows, pieces, solve, weight_error
+from surgeon.quantize.shrinkage import ENOUGH
+from surgeon.quantize.solving import (
+    Options,
+    Read,
+    Solved,
+    by_rows,
+    pieces,
+    solve,
+    together,
+    weight_error,
+)
+from surgeon.quantize.workspace import Group, batches, reserved
 
 __all__ = ["Finished", "Options", "quantize_layers"]
 
@@ -211,15 +222,19 @@ class _Run:
 
     def _walk(self) -> None:
         """Run the calibration text through the model, quantizing every layer before the next one is seen."""
-        with Walk(self.checkpoint, self.samples, self.settings, original=self.options.target_shift) as walk:
+        tokens = sum(map(len, self.samples))
+        few = any(tokens < ENOUGH * matrix.columns for layer in self.solved for matrix, _ in layer)
+        cross = self.options.target_shift
+        needs = reserved(self.solved, self.form, few=few, cross=cross)
+        with Walk(self.checkpoint, self.samples, self.settings, original=cross, reserve=needs) as walk:
             self.placement, self.depth = walk.skeleton.placement, walk.layers
             observer = _Observed(
                 [[matrix for matrix, _ in layer] for layer in self.solved],
                 identity=_digest([self.files.path(number).name for number in range(len(self.layers))]),
                 finished=self._stored,
                 skip=functools.cache(lambda layer: self._values(layer) is not None),
-                cross=self.options.target_shift,
-                tokens=sum(map(len, self.samples)),
+                cross=cross,
+                tokens=tokens,
                 limit=_limit(walk),
                 in_order=self._in_order,
             )  # fmt: skip
@@ -305,16 +320,25 @@ class _Run:
         with self.files.writing(layer, self._steps, shapes) as out:
             for matrix, rows in self._plain(direct):
                 write_rows(out, matrix.tensor, rows, self.dtype)
-            for group in groups.values():
+            for batch in batches(groups.values(), observer, self.options, device):
                 _check(self.stop)
-                for found in solve(group, observer, read, self.options, self.form.scale_dtype):
+                for found in self._solved(batch, observer, read):
                     scheme = found.codes.scheme
                     self._keep(
                         found.matrix, scheme, self.form.pack(found.matrix.tensor, found.codes), found.record
                     )
                     write_rows(out, found.matrix.tensor, by_rows(found.codes), self.dtype)
-                observer.done([group[0][0].module])
+                observer.done([group[0][0].module for group in batch])
         self._steps += 1
+
+    def _solved(self, batch: Sequence[Group], observer: _Observed, read: Read) -> Iterator[Solved]:
+        """Yield the matrices of one group, or of several that are solved together."""
+        about = observer, read, self.options, self.form.scale_dtype
+        if len(batch) == 1:
+            yield from solve(batch[0], *about)
+        else:
+            for group in together(batch, *about):
+                yield from group
 
     def _plain(
         self, matrices: Iterable[tuple[Matrix, Scheme]]

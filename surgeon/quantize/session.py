@@ -17,6 +17,7 @@ from surgeon.calibrate.matrices import Matrix
 from surgeon.calibrate.settings import Settings
 from surgeon.checkpoint.checkpoint import Checkpoint
 from surgeon.checkpoint.dtypes import CODES, CONFIG_NAMES, DTYPES
+from surgeon.deploy import per_layer
 from surgeon.derive import Source
 from surgeon.errors import InputError, UsageError, Where
 from surgeon.formats.compressed_runtimes import Reader
@@ -89,6 +90,10 @@ class Session:
     @cached_property
     def linear(self) -> Linear:
         _ = self.folder
+        if per_layer.is_per_layer(self.checkpoint.config or {}):
+            raise InputError("E380", f"the layers of {self.source.key} differ in size; such models cannot be run layer by layer, which quantizing does",
+                             where=Where(self.source.path),
+                             help="surgeon export MODEL --to gguf --gguf-type q4_0 rounds them; surgeon prune --layout uniform keeps layers alike")  # fmt: skip
         return linear_of(self.checkpoint, self.settings, self.request.ignore or ())
 
     @cached_property

@@ -21,17 +21,21 @@ from surgeon.checkpoint.header import printable
 from surgeon.errors import InputError, UsageError, Where
 from surgeon.formats.scheme import Codes, Scheme
 from surgeon.quantize import gptq, rtn, shrinkage, target_shift
-from surgeon.quantize.gptq import Factor, Order, Record, factorise, quantize_with
+from surgeon.quantize.factor import Factor, Order, factorise
+from surgeon.quantize.gptq import Record, quantize_with
 from surgeon.quantize.grids import working
 from surgeon.quantize.moments import Moments
 from surgeon.quantize.observing import Inputs
-from surgeon.quantize.output_error import energy, relative
+from surgeon.quantize.output_error import energy
 
-COMPARED_ROWS = 512
-"""Outputs on which plain rounding is tried for comparison; all of them would cost as much as GPTQ itself."""
+COMPARED_ROWS = 256
+"""Outputs on which errors are put into proportion, and compared with plain rounding; all would cost as much as GPTQ itself."""
 
 WORKED_ON = 1 << 26
 """Weights quantized at once: GPTQ holds about six float32 copies of them. Outputs do not depend on each other."""
+
+STRIP = 256
+"""Outputs looked at at once where a copy of a whole matrix is not wanted."""
 
 PIECE = 1 << 22
 """Weights whose values are made at once."""
@@ -43,7 +47,7 @@ class Options:
 
     Attributes:
         method: "rtn", or "gptq" for integers.
-        order: in which GPTQ rounds inputs (`surgeon.quantize.gptq.order_of`).
+        order: in which GPTQ rounds inputs (`surgeon.quantize.factor.order_of`).
         damp: its relative damping.
         block: columns after which it brings the rest up to date.
         clip: search the range of each group; None: up to 3 bits.
@@ -124,11 +128,34 @@ def solve(
         for matrix, scheme in matrices:
             yield _unreached(matrix, scheme, read(matrix), scale_dtype, about, reason)
         return
-    about["effective_tokens"] = round(effective(parts), 3)
+    about = _tokens(about, parts)
     for scheme in dict.fromkeys(scheme for _, scheme in matrices):
         same = [matrix for matrix, its in matrices if its == scheme]
-        few = _few_shifted if train.cross is not None and options.target_shift else _few
-        yield from few(same, scheme, train, held, read, options, scale_dtype, about)
+        if train.cross is not None and options.target_shift:
+            yield from _few_shifted(same, scheme, train, held, read, options, scale_dtype, about)
+        else:
+            part = [(matrix, scheme) for matrix in same]
+            yield from shrinkage.together([_few(part, inputs, read, options, scale_dtype)])[0]
+
+
+def together(
+    groups: Sequence[Sequence[tuple[Matrix, Scheme]]],
+    inputs: Inputs,
+    read: Read,
+    options: Options,
+    scale_dtype: str,
+) -> list[list[Solved]]:
+    """Return what `solve` yields for each of several groups, which `batchable` says yes to: rounded at the same time."""
+    return shrinkage.together([_few(group, inputs, read, options, scale_dtype) for group in groups])
+
+
+def batchable(group: Sequence[tuple[Matrix, Scheme]], inputs: Inputs, options: Options) -> bool:
+    """Say whether matrices with the same inputs may be solved beside others: those of an expert that tokens reach."""
+    first = group[0][0]
+    if not first.routed or not inputs.tokens(first.module) or options.target_shift:
+        return False
+    alike = len({scheme for _, scheme in group}) == 1
+    return alike and any(bool(part.hessian.diagonal().any()) for part in inputs.moments(first.module))
 
 
 def effective(parts: Sequence[Moments]) -> float:
@@ -154,24 +181,33 @@ def _by_factor(
         amount = 1.0 if options.target_shift and whole.cross is not None else None
         codes, record = _quantized(weight, factor, scheme, whole, options, scale_dtype, matrix.label, amount)
         yield Solved(
-            matrix, codes, _record(weight, codes, record, (whole,), options, scale_dtype, about, amount)
+            matrix, codes, _record(weight, codes, record, whole.hessian, options, scale_dtype, about, amount)
         )
+
+
+def _tokens(about: dict[str, Any], parts: Sequence[Moments]) -> dict[str, Any]:
+    return about | {"effective_tokens": round(effective(parts), 3)}
 
 
 def _few(
-    matrices: Sequence[Matrix], scheme: Scheme, train: Moments, held: Moments, read: Read,
-    options: Options, scale_dtype: str, about: dict[str, Any],
-) -> Iterator[Solved]:  # fmt: skip
-    weights = [read(matrix) for matrix in matrices]
-    results, choice = shrinkage.quantize(
-        weights, train, held, scheme, scale_dtype=scale_dtype, order=options.order, damp=options.damp,
-        block=options.block, clip=options.clip, module=matrices[0].label,
-    )  # fmt: skip
-    about = about | {"shrinkage_by": choice.how}
-    for matrix, weight, (codes, record) in zip(matrices, weights, results, strict=True):
-        yield Solved(
-            matrix, codes, _record(weight, codes, record, (train, held), options, scale_dtype, about, None)
-        )
+    group: Sequence[tuple[Matrix, Scheme]], inputs: Inputs, read: Read, options: Options, scale_dtype: str
+) -> shrinkage.Task[list[Solved]]:
+    """Quantize matrices with the same inputs and one scheme with a Hessian from few tokens, as a task."""
+    first, scheme = group[0]
+    train, held = inputs.moments(first.module)
+    about = _tokens({"tokens": inputs.tokens(first.module)}, (train, held))
+    weights = [read(matrix) for matrix, _ in group]
+    how = shrinkage.How(
+        scheme, scale_dtype, options.order, options.damp, options.block, options.clip, first.label
+    )
+    choice = yield from shrinkage.choosing(weights, train, held, how)
+    whole = train.merged(held).hessian
+    results = yield from shrinkage.coding(weights, whole, choice, how)
+    about |= {"shrinkage_by": choice.how}
+    return [
+        Solved(matrix, codes, _record(weight, codes, record, whole, options, scale_dtype, about, None))
+        for (matrix, _), weight, (codes, record) in zip(group, weights, results, strict=True)
+    ]
 
 
 def _few_shifted(
@@ -195,15 +231,12 @@ def _few_shifted(
         module=label,
     )  # fmt: skip
     group = gptq.group_of(len(whole.hessian), scheme, label)
-    factor = factorise(
-        shrinkage.shrunk(whole.hessian, choice.k), order=order, group=group, damp=damp, module=label
-    )
+    factor = factorise(whole.hessian, order=order, group=group, damp=damp, k=choice.k, module=label)
     about = about | {"shrinkage_by": choice.how}
     for matrix, weight in zip(matrices, weights, strict=True):
         codes, record = _quantized(weight, factor, scheme, whole, options, scale_dtype, matrix.label, amount)
-        record = replace(record, shrinkage=choice.k)
         yield Solved(
-            matrix, codes, _record(weight, codes, record, (whole,), options, scale_dtype, about, amount)
+            matrix, codes, _record(weight, codes, record, whole.hessian, options, scale_dtype, about, amount)
         )
 
 
@@ -211,7 +244,7 @@ def _quantized(
     weight: Tensor, factor: Factor, scheme: Scheme, whole: Moments, options: Options, scale_dtype: str, label: str,
     amount: float | None,
 ) -> tuple[Codes, Record]:  # fmt: skip
-    """Quantize a matrix, a range of outputs after the other where it is very large; errors are against ``weight``."""
+    """Quantize a matrix, a range of outputs after the other where it is very large."""
     step = max(1, WORKED_ON // weight.shape[1])
     found: list[tuple[Codes, Record]] = []
     for start in range(0, len(weight), step):
@@ -222,13 +255,10 @@ def _quantized(
         else:
             target = rows
         codes, record = quantize_with(
-            target, factor, scheme, scale_dtype=scale_dtype, block=options.block, clip=options.clip, module=label
+            target, factor, scheme, scale_dtype=scale_dtype, block=options.block, clip=options.clip,
+            known_energy=math.nan, module=label,
         )  # fmt: skip
-        if amount or factor.hessian is not whole.hessian:
-            total = energy(rows, whole.hessian)
-            codes.loss = relative(codes, rows, whole.hessian, total)
-            record = replace(record, error=codes.loss * total, energy=total)
-        found.append((codes, record))
+        found.append((codes, replace(record, error=math.nan, change=math.nan) if amount else record))
     return _joined(found)
 
 
@@ -237,16 +267,16 @@ def _joined(found: Sequence[tuple[Codes, Record]]) -> tuple[Codes, Record]:
     if len(found) == 1:
         return found[0]
     parts, records = [codes for codes, _ in found], [record for _, record in found]
-    error, damped, total = (
-        math.fsum(getattr(record, name) for record in records) for name in ("error", "damped_error", "energy")
-    )
+    sums = {
+        name: math.fsum(getattr(record, name) for record in records)
+        for name in ("error", "damped_error", "change")
+    }
     arrays = (
         np.concatenate([getattr(part, name) for part in parts]) for name in ("codes", "scales", "zeros")
     )
     worst = next((record for record in records if record.fallback), records[0])
-    return Codes(parts[0].scheme, *arrays, loss=error / total if total > 0 else 0.0), replace(
-        worst, error=error, damped_error=damped, energy=total
-    )
+    codes, scales, zeros = arrays
+    return Codes(parts[0].scheme, codes, scales, zeros), replace(worst, **sums)
 
 
 def _unreached(
@@ -260,10 +290,10 @@ def _unreached(
 
 
 def _record(
-    weight: Tensor, codes: Codes, record: Record, parts: Sequence[Moments], options: Options, scale_dtype: str,
+    weight: Tensor, codes: Codes, record: Record, hessian: Tensor, options: Options, scale_dtype: str,
     about: dict[str, Any], amount: float | None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Return what is said of a matrix, as plain data."""
+    """Return what is said of a matrix, as plain data; errors of outputs are those of some rows, the same for both methods."""
     rows = (
         torch.linspace(0, len(weight) - 1, min(len(weight), COMPARED_ROWS), device=weight.device)
         .round()
@@ -271,19 +301,26 @@ def _record(
     )
     some = weight.index_select(0, rows).float()
     plain = rtn.quantize(some, codes.scheme, scale_dtype=scale_dtype, clip=options.clip)
-    off = torch.from_numpy(plain.values()).to(some) - some
-    lost, everything = (math.fsum(energy(value, part.hessian) for part in parts) for value in (off, some))
+    at = rows.cpu().numpy()
+    made = Codes(codes.scheme, codes.codes[at], codes.scales[at], codes.zeros[at])
+    everything = energy(some, hessian)
+    error, rounding = (
+        max(0.0, energy(torch.from_numpy(one.values()).to(some).sub_(some), hessian)) / everything if everything > 0 else 0.0
+        for one in (made, plain)
+    )  # fmt: skip
+    size = math.fsum(float(part.square().sum(1).sum(dtype=torch.float64)) for part in weight.split(STRIP))
+    change = record.change / size if size > 0 else 0.0
     found: dict[str, Any] = about | {
         "method": record.method,
-        "error": record.error / record.energy if record.energy > 0 else 0.0,
-        "rounding_error": lost / everything if everything > 0 else 0.0,
+        "error": error,
+        "rounding_error": rounding,
         "rounding_rows": len(rows),
         "damp": record.damp,
         "escalated": record.escalated,
         "dead_inputs": record.dead,
         "clipped": record.clipped,
         "shrinkage": record.shrinkage,
-        "weight_error": weight_error(by_rows(codes), weight),
+        "weight_error": weight_error(by_rows(codes), weight) if math.isnan(change) else change,
     }
     if record.fallback:
         found["fallback"] = record.fallback
@@ -314,5 +351,5 @@ def weight_error(rows: Iterable[np.ndarray], weight: Tensor) -> float:
         here = weight[start : start + len(values)]
         error += float((torch.from_numpy(values).to(here) - here).square().sum(dtype=torch.float64))
         start += len(values)
-    total = float(weight.square().sum(dtype=torch.float64))
+    total = math.fsum(float(part.square().sum(1).sum(dtype=torch.float64)) for part in weight.split(STRIP))
     return error / total if total > 0 else 0.0

@@ -12,6 +12,7 @@ stays near W. Grids are made from W', which may reach beyond the range of W.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -19,11 +20,12 @@ from torch import Tensor
 
 from surgeon.calibrate.damping import dead_inputs, exact_products
 from surgeon.formats.scheme import Scheme
-from surgeon.quantize.gptq import Factor, Order, factorise, quantize_with
+from surgeon.quantize.factor import Factor, Order, factorise
+from surgeon.quantize.gptq import quantize_with
 from surgeon.quantize.grids import group_of, working
 from surgeon.quantize.moments import Moments
 from surgeon.quantize.output_error import energy
-from surgeon.quantize.shrinkage import ENOUGH, shrunk
+from surgeon.quantize.shrinkage import ENOUGH
 
 AMOUNTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -91,7 +93,7 @@ def choose_amount(
     assert train.cross is not None
     group = group_of(inputs, scheme, module)
     factor = factorise(
-        shrunk(train.hessian, k), order=order, group=group, damp=damp, dead=dead_inputs(whole.hessian), module=module
+        train.hessian, order=order, group=group, damp=damp, k=k, dead=dead_inputs(whole.hessian), module=module
     )  # fmt: skip
     errors = {}
     for amount in menu:
@@ -99,7 +101,7 @@ def choose_amount(
         for weight in weights:
             target = shifted(weight, train.cross, factor, amount)
             codes, _ = quantize_with(
-                target, factor, scheme, scale_dtype=scale_dtype, block=block, clip=clip, known_energy=1.0, module=module
+                target, factor, scheme, scale_dtype=scale_dtype, block=block, clip=clip, known_energy=math.nan, module=module
             )  # fmt: skip
             errors[amount] += error(torch.from_numpy(codes.values()).to(target), working(weight), held)
     return min(errors, key=lambda amount: (errors[amount], amount)), errors

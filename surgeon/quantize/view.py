@@ -11,6 +11,7 @@ import copy
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ from surgeon.formats.scheme import Scheme
 from surgeon.kernels.cast import narrow, widen
 from surgeon.quantize.forms import Form
 from surgeon.traits import text_section
+
+HASHED_BYTES = 1 << 24
+"""Bytes of a layer's file hashed at a time."""
 
 
 class QuantizedView:
@@ -50,12 +54,13 @@ class QuantizedView:
         self.notes = tuple(getattr(source, "notes", ()))
         self._dtype = dtype
         opened = [open_path(file, file.name) for file in files]
-        self.headers = (*source.headers, *(header for one in opened for header in one.headers))
+        # Files of layers follow from the model and the request: `identity` covers them, a manifest does not name them.
+        self.headers = source.headers
         self._files: dict[str, StoredCheckpoint] = {name: one for one in opened for name in one.tensors}
         self._plain: dict[str, str] = {}
         self.tensors: dict[str, TensorInfo] = {}
         self.stored: dict[str, tuple[str, ...]] = {}
-        digest = hashlib.sha256(b"quantized 1\0" + str(getattr(source, "identity", "")).encode())
+        self._schemes: dict[str, str] = {}
         for name, info in source.tensors.items():
             scheme = schemes.get(name)
             if scheme is None:
@@ -69,12 +74,24 @@ class QuantizedView:
             self.stored[name] = tuple(place for place, _, _ in parts)
             for place, code, shape in parts:
                 self.tensors[place] = self._info(place, code, shape, info)
-            digest.update(f"{name}\0{scheme.name}\0".encode())
-        self.identity = digest.hexdigest()
+            self._schemes[name] = scheme.name
         modules = {name.removesuffix(".weight"): scheme for name, scheme in schemes.items()}
         self.config: dict[str, Any] | None = _config(
             source.config, form.config({**modules, **dict.fromkeys(others)}), dtype
         )
+
+    @cached_property
+    def identity(self) -> str:
+        """Digest of the schemes and of what the files of the layers hold, for the id of a plan."""
+        digest = hashlib.sha256(b"quantized 2\0" + str(getattr(self.source, "identity", "")).encode())
+        for matrix, scheme in self._schemes.items():
+            digest.update(f"{matrix}\0{scheme}\0".encode())
+            for name in self.stored[matrix] if self._files else ():
+                nbytes = self.tensors[name].nbytes
+                for start in range(0, nbytes, HASHED_BYTES):
+                    held = self._files[name].read_bytes(name, start, min(start + HASHED_BYTES, nbytes))
+                    digest.update(held.data)
+        return digest.hexdigest()
 
     def _info(self, name: str, code: str, shape: tuple[int, ...], plain: TensorInfo) -> TensorInfo:
         held = self._files.get(name)

@@ -9,6 +9,7 @@ from surgeon.calibrate.matrices import Matrix
 from surgeon.checkpoint.header import printable
 from surgeon.errors import InputError, Where, raise_all
 from surgeon.formats.scheme import Scheme
+from surgeon.formats.told_once import told_once
 from surgeon.quantize.linear import named
 from surgeon.quantize.scheme_names import Wanted, candidates, parse
 from surgeon.quantize.session import Schemes, Session
@@ -107,14 +108,17 @@ def _check_groups(session: Session, wanted: Mapping[str, Wanted]) -> None:
             and scheme.group > 0
             and columns % scheme.group
         ):
-            fits = [size for size in (128, 64, 32) if columns % size == 0 and size < scheme.group]
-            advice = f"--group-size {fits[0]}, or " if fits else ""
-            pattern = name.removesuffix(".weight").rpartition(".")[2]
-            wrong.append(InputError(
-                "E231", f"group size {scheme.group} does not divide {columns:,}, the inputs of {printable(name)}",
-                where=Where(tensor=printable(name)), help=f"{advice}--scheme 're:.*{pattern}=none'",
-            ))  # fmt: skip
-    raise_all(wrong)
+            wrong.append((name, (scheme.group, columns)))
+    refused = []
+    for name, more, (group, columns) in told_once(wrong):
+        fits = [size for size in (128, 64, 32) if columns % size == 0]
+        advice = f"--group-size {fits[0]}, or " if fits else ""
+        pattern = name.removesuffix(".weight").rpartition(".")[2]
+        refused.append(InputError(
+            "E231", f"group size {group} does not divide {columns:,}, the inputs of {printable(name)}{more and f' and {more}'}",
+            where=Where(tensor=printable(name)), help=f"{advice}--scheme 're:.*{pattern}=none' leaves such matrices as they are",
+        ))  # fmt: skip
+    raise_all(refused)
 
 
 def _say_groups(session: Session, found: Schemes, wanted: Mapping[str, Wanted]) -> None:

@@ -66,6 +66,14 @@ def factor(given, expert):
     return phi[expert] * share[expert] ** 1.5
 
 
+def of_a_tensor(given):
+    """Ties as GGUF has them: one projection of all experts of a layer lies in one tensor."""
+    return [
+        [own[part][place] for own in one.members]
+        for one in given for part in range(len(one.members[0])) for place in range(len(one.members[0][part]))
+    ]  # fmt: skip
+
+
 def cheapest(given, granularity, average, elements, scope, count="nominal", must=()):
     """Return the least cost of any assignment, by trying all of them."""
     rows = []  # (layer, labels, cost by width, size by width)
@@ -73,7 +81,9 @@ def cheapest(given, granularity, average, elements, scope, count="nominal", must
         by = {}
         for expert, own in enumerate(one.members):
             for part, labels in enumerate(own):
-                key = {"expert": expert, "projection": (expert, part), "layer": 0}[granularity]
+                key = {"expert": expert, "projection": (expert, part), "tensor": part, "layer": 0}[
+                    granularity
+                ]
                 cost, size, held = by.setdefault(key, (np.zeros(3), np.zeros(3), [0]))
                 cost += factor(one, expert) * one.error[expert, part]
                 number = sum(elements[label] for label in labels)
@@ -128,6 +138,44 @@ def test_equals_enumeration(granularity, average, must, scope):
             [whole(g) for g in given], MENU, average, elements=elements, scope=scope, must=must
         )
         assert found.schemes == again.schemes
+
+
+@pytest.mark.parametrize("scope", ["layer", "model"])
+@pytest.mark.parametrize(("average", "must"), [(2.7, ()), (3.4, (4,)), (3.0, (2, 4))])
+def test_tensors_that_hold_a_projection_of_all_experts_have_one_width(average, must, scope):
+    given, elements = two_layers(seed=3)
+    given[0] = replace(given[0], super_experts=(1,)) if average > 3.3 else given[0]
+    if given[0].super_experts:  # the tensors that hold it are pinned, so nothing else is left to choose there
+        with pytest.raises(UsageError):
+            expert_bits(
+                given, MENU, average, elements=elements, granularity="projection", ties=of_a_tensor(given)
+            )
+        given[0] = replace(given[0], super_experts=())
+    found = expert_bits(
+        given, MENU, average, elements=elements, granularity="projection", scope=scope, must=must,
+        ties=of_a_tensor(given),
+    )  # fmt: skip
+    assert found.cost == pytest.approx(cheapest(given, "tensor", average, elements, scope, must=must))
+    for tie in of_a_tensor(given):
+        assert len({found.schemes[label] for label in tie}) == 1
+    assert found.nominal <= average + 1e-9 and found.schemes.keys() == elements.keys()
+    # gate and up are one row whether or not the format has one tensor for both
+    assert all(found.schemes[own[0][0]] == found.schemes[own[0][1]] for one in given for own in one.members)
+
+
+def test_projections_by_the_bytes_they_take():
+    given, elements = two_layers(experts=2, seed=5)
+    found = expert_bits(
+        given, MENU, 3.2, elements=elements, granularity="projection", scope="model", count="stored"
+    )
+    assert found.cost == pytest.approx(cheapest(given, "projection", 3.2, elements, "model", "stored"))
+    size = sum(
+        int(one.sizes[e, p, [s.bits for s in MENU].index(found.schemes[labels[0]].bits)])
+        for one in given for e, own in enumerate(one.members) for p, labels in enumerate(own)
+    )  # fmt: skip
+    assert 8 * size / sum(elements.values()) == pytest.approx(found.stored) and found.stored <= 3.2
+    # What may differ by projection is never worse than what may not.
+    assert found.cost <= expert_bits(given, MENU, 3.2, elements=elements, scope="model", count="stored").cost
 
 
 def test_stored_bits_count_scales():

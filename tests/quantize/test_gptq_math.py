@@ -11,6 +11,7 @@ import torch
 from surgeon.errors import InputError
 from surgeon.formats.scheme import Codes, Scheme
 from surgeon.quantize import columns, gptq, rtn
+from surgeon.quantize import factor as factors
 from surgeon.quantize.grids import grid, round_to_grid
 from surgeon.quantize.output_error import relative
 
@@ -201,7 +202,7 @@ def test_inputs_in_another_order_give_codes_in_another_order():
 @pytest.mark.parametrize("order", ORDERS)
 def test_orders(order):
     diagonal = torch.tensor([3.0, 1, 5, 5, 2, 9, 3, 0, 4, 4, 4, 9])
-    found = gptq.order_of(diagonal, order, 4).tolist()
+    found = factors.order_of(diagonal, order, 4).tolist()
     assert found == plain_order(diagonal, order, 4) and sorted(found) == list(range(12))
 
 
@@ -273,9 +274,9 @@ class TestFallback:
     def test_three_escalations_are_all(self):
         tried = []
         weight, hessian = self.indefinite()
-        original = gptq._factor
+        original = factors._factored
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(gptq, "_factor", lambda *a: (tried.append(float(a[2][5])), original(*a))[1])
+            patch.setattr(factors, "_factored", lambda *a: (tried.append(float(a[2][5])), original(*a))[1])
             quantize(weight, hessian, scheme(), damp=0.02)
         assert np.array(tried) / tried[0] == pytest.approx([1, 10, 100, 1000])
 

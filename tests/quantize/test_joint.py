@@ -22,7 +22,13 @@ def drawn_problem(seed, layers, experts, widths=2):
     return drawn, kept, removal, sizes
 
 
-def by_layer_everything(kept, removal, sizes, budget, active):
+def equal(gone, experts, groups):
+    """Whether every group of neighbouring experts loses as many."""
+    each = experts // groups
+    return len({sum(e // each == group for e in gone) for group in range(groups)}) == 1
+
+
+def by_layer_everything(kept, removal, sizes, budget, active, groups=1):
     """Every P, every set of every layer, every width."""
     layers, experts, widths = kept.shape
     best = math.inf
@@ -31,11 +37,15 @@ def by_layer_everything(kept, removal, sizes, budget, active):
         for layer in range(layers):
             options = []
             for gone in itertools.combinations(range(experts), count):
+                if not equal(gone, experts, groups):
+                    continue
                 stay = [e for e in range(experts) if e not in gone]
                 for j in range(widths):
                     loss = sum(removal[layer, e] for e in gone) + sum(kept[layer, e, j] for e in stay)
                     options.append((loss, len(stay) * int(sizes[layer, j])))
             menus.append(options)
+        if not all(menus):
+            continue
         loss, size = np.array([o[0] for o in menus[0]]), np.array([o[1] for o in menus[0]])
         for options in menus[1:]:
             loss = np.add.outer(loss, [o[0] for o in options]).ravel()
@@ -45,13 +55,15 @@ def by_layer_everything(kept, removal, sizes, budget, active):
     return best
 
 
-def by_expert_everything(kept, removal, sizes, budget, active):
+def by_expert_everything(kept, removal, sizes, budget, active, groups=1):
     layers, experts, widths = kept.shape
     best = math.inf
     per_layer = []
     for layer in range(layers):
         found = []
         for columns in itertools.product(range(-1, widths), repeat=experts):
+            if not equal([e for e, j in enumerate(columns) if j < 0], experts, groups):
+                continue
             loss = sum(removal[layer, e] if j < 0 else kept[layer, e, j] for e, j in enumerate(columns))
             size = sum(0 if j < 0 else int(sizes[layer, j]) for j in columns)
             found.append((columns.count(-1), loss, size))
@@ -107,6 +119,46 @@ def test_a_width_for_each_expert_equals_trying_everything(seed):
     assert found.size <= budget
     consistent(found, kept, removal, sizes)
     assert found.loss <= joint.by_layer(kept, removal, sizes, budget, active=2).loss * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("granularity", ["layer", "expert"])
+def test_groups_lose_equally_many_and_nothing_is_better(seed, granularity):
+    layers, experts, groups = (3, 6, 3 if seed % 2 else 2) if granularity == "layer" else (2, 4, 2)
+    everything, solve = (
+        (by_layer_everything, joint.by_layer) if granularity == "layer" else (by_expert_everything, joint.by_expert)
+    )  # fmt: skip
+    drawn, kept, removal, sizes = drawn_problem(200 + seed, layers, experts)
+    if seed % 3 == 0:
+        removal[0, 1] = np.inf
+    most = experts * int(sizes[:, 1].sum())
+    budget = int(drawn.integers(most // 2, most))
+    expected = everything(kept, removal, sizes, budget, 2, groups)
+    free = everything(kept, removal, sizes, budget, 2)
+    if math.isinf(expected):
+        with pytest.raises(UsageError):
+            solve(kept, removal, sizes, budget, active=2, groups=groups)
+        return
+    found = solve(kept, removal, sizes, budget, active=2, groups=groups, gap=0)
+    assert found.loss == pytest.approx(expected, rel=2e-6) and expected >= free - 1e-12
+    assert found.size <= budget and found.count % groups == 0
+    assert (found.removed.reshape(layers, groups, -1).sum(axis=2) == found.count // groups).all()
+    consistent(found, kept, removal, sizes)
+
+
+def test_groups_bind():
+    """Without groups both experts of the first half go; with them one of each."""
+    kept = np.ones((1, 4, 1))
+    removal = np.array([[0.1, 0.2, 3.0, 4.0]])
+    sizes = np.array([[10]])
+    for solve in (joint.by_layer, joint.by_expert):
+        free = solve(kept, removal, sizes, 20, active=2)
+        held = solve(kept, removal, sizes, 20, active=2, groups=2)
+        assert np.flatnonzero(free.removed[0]).tolist() == [0, 1]
+        assert np.flatnonzero(held.removed[0]).tolist() == [0, 2] and held.loss == pytest.approx(5.1)
+    assert joint.removable(np.array([[np.inf, 1, 1, 1]]), 2) == 2
+    with pytest.raises(ValueError, match="in 3 groups"):
+        joint.by_layer(kept, removal, sizes, 40, active=2, groups=3)
 
 
 @pytest.mark.parametrize("solve", [joint.by_layer, joint.by_expert])

@@ -14,11 +14,18 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from measuring_models import RTN, SETTINGS, Model, model_folder, texts
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "structure"))
+from structure_models import stock, write
+
+from surgeon.calibrate.matrices import matrices_of
 from surgeon.calibrate.routing import route
 from surgeon.calibrate.settings import Settings
+from surgeon.calibrate.skeleton import Skeleton
 from surgeon.checkpoint.checkpoint import open_path
 from surgeon.errors import UsageError
+from surgeon.formats.compressed_runtimes import Reader
 from surgeon.formats.scheme import Scheme
+from surgeon.quantize import forms
 from surgeon.quantize.joint_experts import BlockOutputs, block_outputs, bytes_beside, joint_experts, losses
 from surgeon.quantize.measuring.pmq_scores import LayerScores, pmq_scores
 from surgeon.structure.experts.find import experts_of
@@ -211,13 +218,60 @@ def test_the_cut_is_one_that_can_be_written():
     assert refused.value.code == "E462"
 
 
+@pytest.mark.parametrize("granularity", ["layer", "expert"])
+def test_routing_groups_lose_equally_many_and_the_result_is_the_masked_source(granularity, tmp_path):
+    """DeepSeek: two groups of four, of which a token uses one. The stock model of what is written against the stock
+    source whose router does not see what went."""
+    extra = (("n_group", 2), ("topk_group", 1), ("n_routed_experts", 8), ("num_experts_per_tok", 2))
+    folder = model_folder("deepseek_v3", extra)
+    checkpoint = open_path(folder)
+    experts, samples = experts_of(checkpoint), texts((40, 33))
+    assert (experts.groups, experts.count) == (2, 8)
+    layers = matrices_of(checkpoint, Skeleton(checkpoint, SETTINGS))
+    form = forms.get("compressed-tensors", Reader(dtype="F32"), "deepseek_v3")
+    scores = pmq_scores(checkpoint, experts, layers, MENU, form, samples, SETTINGS, RTN)
+    outputs = block_outputs(checkpoint, experts, samples, SETTINGS)
+    beside = bytes_beside(checkpoint, experts)
+    budget = sum(int(one.sizes[0, 1]) * 5 for one in scores)
+    found = joint_experts(experts, scores, outputs, MENU, budget, beside=beside, granularity=granularity)
+    assert found.removed in (2, 4) and found.size <= budget
+    kept = {one.layer: found.cut.kept[one.layer] for one in scores}
+    for ids in kept.values():
+        assert sum(e < 4 for e in ids) == len(ids) / 2 == (8 - found.removed) / 2
+    view = ExpertView(checkpoint, experts, found.cut)
+    for name in view.tensors:  # a super expert, or what is not of experts, is as it was
+        source = view.source_names[name]
+        assert ".experts." not in name or source in found.schemes
+    written = write(view, tmp_path / "cut")
+    ids = torch.from_numpy(np.stack([samples[0][:33], samples[1]]))
+    with torch.no_grad():
+        small = stock(written, dtype=torch.float32, experts_implementation="eager")(ids).logits
+        model = stock(folder, dtype=torch.float32, experts_implementation="eager")
+        plain = model(ids).logits
+        linear, rows = torch.nn.functional.linear, {}
+        for layer, stay in kept.items():
+            router, gone = model.model.layers[layer].mlp.gate, [e for e in range(8) if e not in stay]
+            rows[id(router.weight)] = gone
+            router.e_score_correction_bias[gone] = -1e9
+
+        def masking(inputs, weight, bias=None):
+            out = linear(inputs, weight, bias)
+            if id(weight) in rows:
+                out[..., rows[id(weight)]] = -1e30
+            return out
+
+        torch.nn.functional.linear = masking
+        try:
+            masked = model(ids).logits
+        finally:
+            torch.nn.functional.linear = linear
+    assert torch.allclose(small, masked, atol=1e-5) and not torch.allclose(plain, masked, atol=1e-2)
+
+
 def test_refusals():
     experts, scores, outputs = drawn(0)
     beside = dict.fromkeys((one.layer for one in scores), 0)
     for call in (
-        lambda: joint_experts(
-            replace(experts, groups=2, topk_group=1), scores, outputs, MENU, 10**6, beside=beside
-        ),
         lambda: joint_experts(experts, scores[:1], outputs, MENU, 10**6, beside=beside),
         lambda: joint_experts(experts, scores, outputs, MENU, 10**6, beside=beside, counts=[3]),
     ):

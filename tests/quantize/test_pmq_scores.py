@@ -48,11 +48,11 @@ def blocks(model):
     return found
 
 
-def changed(module, expert, scheme):
-    """The block's weights with one expert rounded: gate, up and down each on grids of their own."""
+def changed(module, expert, scheme, only=(0, 1, 2)):
+    """The block's weights with one expert, or parts of it, rounded: gate, up and down each on grids of their own."""
     gate_up, down = (getattr(module, name).detach().clone() for name in ("gate_up_proj", "down_proj"))
     half = gate_up.shape[1] // 2
-    for part in (gate_up[expert, :half], gate_up[expert, half:], down[expert]):
+    for part in [(gate_up[expert, :half], gate_up[expert, half:], down[expert])[place] for place in only]:
         part.copy_(
             torch.from_numpy(rtn.quantize(part.clone(), scheme, scale_dtype="F32", clip=False).values())
         )
@@ -89,6 +89,34 @@ def test_scores_are_those_of_whole_blocks(family):
         assert all(
             f".experts.{expert}." in label for expert, own in enumerate(layer.members) for label in own
         )
+
+
+def test_scores_by_projection_are_those_of_blocks_with_one_projection_changed():
+    model = Model("qwen3_moe", num_hidden_layers=2)
+    menu = MENU[:2]
+    found, whole = scores(model, menu=menu, by_projection=True), scores(model, menu=menu)
+    for layer, other, (module, _, given) in zip(found, whole, blocks(model).values(), strict=True):
+        hidden, index, weights = (torch.cat(parts) for parts in zip(*given, strict=True))
+        count = len(module.down_proj)
+        assert layer.error.shape == layer.sizes.shape == (count, 2, len(menu))
+        assert (layer.sizes.sum(axis=1) == other.sizes).all()
+        assert np.array_equal(layer.weight, other.weight) and np.array_equal(layer.frequency, other.frequency)
+        with torch.no_grad():
+            reference = module(hidden, index, weights)
+            for expert in range(count):
+                assert [[label.split(".")[-2] for label in part] for part in layer.members[expert]] == [
+                    ["gate_proj", "up_proj"], ["down_proj"],
+                ]  # fmt: skip
+                for part, only in enumerate(((0, 1), (2,))):
+                    for place, scheme in enumerate(menu):
+                        gate_up, down = changed(module, expert, scheme, only)
+                        with pytest.MonkeyPatch.context() as patch:
+                            patch.setitem(module._parameters, "gate_up_proj", torch.nn.Parameter(gate_up))
+                            patch.setitem(module._parameters, "down_proj", torch.nn.Parameter(down))
+                            moved = module(hidden, index, weights) - reference
+                        expected = float(torch.linalg.vector_norm(moved.double()))
+                        assert layer.error[expert, part, place] == pytest.approx(expected, rel=1e-4)
+        assert not np.allclose(layer.error.sum(axis=1), other.error)
 
 
 @pytest.mark.slow

@@ -38,6 +38,7 @@ def test_scripts_read_their_arguments(script):
 
 
 def test_every_row_is_a_request_the_program_takes(script):
+    from surgeon.deploy import export_request
     from surgeon.quantize import request
 
     module = script("kl_vs_size")
@@ -59,7 +60,57 @@ def test_every_row_is_a_request_the_program_takes(script):
         pairs["bits"] = tuple(map(int, pairs["bits"].split(","))) if "bits" in pairs else ()
         assert request.build(model="m", **pairs).group_size == module.GROUP
     for options in script("audit").CASES.values():
-        assert request.build(model="m", method="rtn", **options).method == "rtn"
+        if "to" in options:
+            assert export_request.build(model="m", **options).to == "gguf"
+        else:
+            assert request.build(model="m", method="rtn", **options).method == "rtn"
+
+
+def test_the_audit_has_every_format_width_and_type(script):
+    from surgeon.formats.compressed_runtimes import Reader
+    from surgeon.quantize import forms, scheme_names
+
+    cases, seen = script("audit").CASES, {}
+    for options in cases.values():
+        if "scheme" in options:
+            form = options.get("format", "compressed-tensors")
+            scheme = scheme_names.parse(options["scheme"], form, group_size=64, symmetric=True).scheme
+            assert scheme is not None
+            seen.setdefault(form, set()).add((scheme.kind, scheme.bits))
+    for name in forms.NAMES:
+        form = forms.get(name, Reader(), "llama")
+        widths = {("int", bits) for bits in form.widths}
+        assert widths <= seen[name] and {kind for kind, _ in seen[name]} == set(form.kinds), name
+    from surgeon.formats.gguf_blocks import QUANTIZED
+
+    assert all(any(kind in name for name in cases if name.startswith("gguf")) for kind in QUANTIZED)
+
+
+AUDITED = ("gguf MXFP4", "gguf Q8_0, down projections Q4_K, by export")
+
+
+def _audited(script, tmp_path, name):
+    for tool in ("gguf", "xllamacpp"):
+        pytest.importorskip(tool)
+    source = script("gguf_cells").source("llama", tmp_path / "source")
+    module, output = script("audit"), tmp_path / "output"
+    output.mkdir()
+    found = module.measured(name, source, output)
+    assert found["good"], (name, found)
+    assert list(output.glob("*.gguf*")) == []
+
+
+@pytest.mark.parametrize("name", AUDITED)
+def test_a_size_is_what_is_stored(script, tmp_path, name):
+    _audited(script, tmp_path, name)
+
+
+@pytest.mark.slow
+def test_every_size_is_what_is_stored(script, tmp_path):
+    for number, name in enumerate(script("audit").CASES):
+        if name not in AUDITED and "bytes" not in name:
+            (tmp_path / str(number)).mkdir()
+            _audited(script, tmp_path / str(number), name)
 
 
 def test_rows_refer_to_rows_before_them(script):

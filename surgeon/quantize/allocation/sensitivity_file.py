@@ -136,4 +136,4 @@ def _table(path: Path, document: Any) -> Sensitivities:
 
 def _refusal(path: Path, fact: str) -> InputError:
     return InputError("E463", f"{printable(path.name)} {fact}", where=Where(str(path)),
-                      help="leave the file out to measure again")  # fmt: skip
+                      help="name a file that is not there yet, and losses are measured and written to it")  # fmt: skip

@@ -33,7 +33,7 @@ class Form(Protocol):
         folder: whether the result is a folder of safetensors; False for one GGUF file.
         reader: what reads the result.
         model_type: of config.json.
-        scale_dtype: storage code of the scales of integers.
+        scale_dtype: what scales of integers are stored in, of `surgeon.quantize.grids.STORED`.
         widths: integers it stores, in bits.
         kinds: kinds of schemes it stores.
         package: what has to be installed for stock transformers to read it; None when nothing more.

@@ -20,6 +20,7 @@ from surgeon.formats import float4, gguf_blocks
 from surgeon.formats.compressed_groups import EXPERT
 from surgeon.formats.compressed_runtimes import Choice, Reader
 from surgeon.formats.scheme import Codes, Scheme
+from surgeon.formats.told_once import told_once
 from surgeon.quantize.forms import Parts, Shape
 from surgeon.traits import part_of
 
@@ -31,7 +32,7 @@ class Gguf:
 
     name = "gguf"
     folder = False
-    scale_dtype = "F16"
+    scale_dtype = "GGML"
     widths = (4, 5, 8)
     kinds = ("int", "mxfp4")
     package = "gguf"
@@ -75,17 +76,24 @@ class Gguf:
                 "E468", f"{printable(family or 'this')} models are not written as GGUF here", where=Where(file="config.json"),
                 help="--format compressed-tensors gives a folder; GGUF is written for " + ", ".join(FAMILIES),
             ))  # fmt: skip
-        for name, (shape, scheme) in matrices.items():
-            reason = scheme and self._reason(name, shape, scheme)
-            if scheme and reason:
-                found.append(gguf_blocks.refusal(name, scheme.name, reason))
+        single = (
+            (name, (scheme.name, reason))
+            for name, (shape, scheme) in matrices.items()
+            if scheme and (reason := self._reason(name, shape, scheme))
+        )
+        for name, more, (what, reason) in told_once(single):
+            found.append(gguf_blocks.refusal(name, what, reason, alike=more))
+        tied = []
         for group in self._ties(matrices):
             said = sorted({scheme.name if (scheme := matrices[n][1]) else "plain" for n in group})
             if len(said) > 1:
-                found.append(InputError(
-                    "E467", f"{printable(group[0])} and {len(group) - 1} more cannot be {' and '.join(said)}: llama.cpp has them in one tensor",
-                    where=Where(tensor=printable(group[0])), help="give them one scheme",
-                ))  # fmt: skip
+                tied.append((group[0], (len(group) - 1, " and ".join(said))))
+        for name, more, (beside, what) in told_once(tied):
+            found.append(InputError(
+                "E467", f"{printable(name)} and {beside} more cannot be {what}: llama.cpp has them in one tensor"
+                f"{more and f'; so it is with {more}'}",
+                where=Where(tensor=printable(name)), help="give them one scheme",
+            ))  # fmt: skip
         return found
 
     def _reason(self, name: str, shape: Shape, scheme: Scheme) -> str | None:

@@ -6,6 +6,7 @@ is chosen for each scheme (`surgeon.quantize.shrinkage`), as when the matrix is 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -19,11 +20,12 @@ from surgeon.formats import float4
 from surgeon.formats.compressed_runtimes import fused
 from surgeon.formats.scheme import Scheme
 from surgeon.quantize import rtn
+from surgeon.quantize.factor import Factor, factorise
 from surgeon.quantize.forms import Form
-from surgeon.quantize.gptq import Factor, factorise, quantize_with
+from surgeon.quantize.gptq import quantize_with
 from surgeon.quantize.grids import group_of
 from surgeon.quantize.observing import Inputs
-from surgeon.quantize.shrinkage import choose, shrunk
+from surgeon.quantize.shrinkage import choose
 from surgeon.quantize.solving import WORKED_ON, Options
 
 
@@ -143,8 +145,10 @@ class _Solver:
         options = self._options
         key = (k, group if options.order == "group-aware" else 0)
         if key not in self._factors:
+            self._factors.clear()  # each is as large as the Hessian
             self._factors[key] = factorise(
-                shrunk(self._whole, k),
+                self._whole,
+                k=k,
                 order=options.order,
                 group=group,
                 damp=options.damp,
@@ -154,7 +158,7 @@ class _Solver:
         parts = [
             quantize_with(
                 weight[start : start + step], self._factors[key], scheme, scale_dtype=self._scale_dtype, block=options.block,
-                clip=options.clip, known_energy=1.0, module=self._label,
+                clip=options.clip, known_energy=math.nan, module=self._label,
             )[0]
             for start in range(0, len(weight), step)
         ]  # fmt: skip

@@ -12,8 +12,11 @@ from torch import Tensor, nn
 from surgeon.calibrate.matrices import Matrix
 from surgeon.calibrate.walk import Walk
 from surgeon.calibrate.watching import Watching
+from surgeon.quantize.measuring.deltas import fitting
 from surgeon.quantize.measuring.job import Job
 from surgeon.quantize.observing import Inputs
+from surgeon.quantize.shrinkage import ENOUGH
+from surgeon.quantize.workspace import reserved
 
 
 class Deals(Protocol):
@@ -97,7 +100,7 @@ def walk_layers(job: Job, what: str, deals: Deals) -> None:
     """Run the calibration text through the model and deal with each layer that is not done, and with the head at last."""
     if job.complete:
         return
-    with Walk(job.checkpoint, job.samples, job.settings) as walk:
+    with Walk(job.checkpoint, job.samples, job.settings, reserve=_reserve(job)) as walk:
         limit = walk.unused_bytes
         fits = max(map(sums_bytes, job.layers)) <= limit
         observer = LayerByLayer(job, deals, None) if fits else _Repeating(job, deals, limit)
@@ -107,6 +110,19 @@ def walk_layers(job: Job, what: str, deals: Deals) -> None:
         for number in range(walk.layers, len(job.layers)):  # the head
             if not job.done(number):
                 observer.deal(number)
+
+
+def _reserve(job: Job) -> int:
+    """Return the bytes that GPTQ takes for a layer beside the pass."""
+    integers = [scheme for scheme in job.menu if scheme.kind == "int"]
+    if job.data_free:
+        return 0
+    layers = [
+        [(matrix, integers[0]) for matrix in layer if fitting(matrix, integers[:1], job.form)]
+        for layer in job.layers
+    ]
+    few = any(job.tokens < ENOUGH * matrix.columns for layer in job.layers for matrix in layer)
+    return reserved(layers, job.form, few=few)
 
 
 def sums_bytes(matrices: Sequence[Matrix]) -> int:

@@ -6,7 +6,8 @@
     phi_i    tokens that selected expert i / tokens
     w_i      its routing probability before the selection is renormalised, summed over these tokens / tokens
     eps_ij   || sum over these tokens of g (f_i(x) - f_ij(x)) ||, the change of the block's output where expert i alone is
-             stored in scheme j: the router's input and all other experts stay as they are, so nothing else is computed
+             stored in scheme j: the router's input and all other experts stay as they are, so nothing else is computed;
+             by projection f_ij is the expert with only its gate and up, or only its down projection, in scheme j
 
 Two passes over the unquantized model, the second with the inputs of one block at a time in memory. The published code
 measures eps with plain rounding, which is enough to rank experts; with GPTQ it is that of the quantizer.
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -60,17 +61,17 @@ class LayerScores:
     Attributes:
         layer: its number.
         schemes: names, J of them.
-        members: of each expert, the labels of its matrices.
+        members: of each expert, the labels of its matrices; by projection a tuple of them for each.
         frequency: phi, float64 [n].
         weight: w, float64 [n].
-        error: eps, float64 [n, J].
-        sizes: bytes of an expert, int64 [n, J].
+        error: eps, float64 [n, J], or [n, P, J] by projection.
+        sizes: bytes, int64, of the shape of ``error``.
         super_experts: those that must not lose anything.
     """
 
     layer: int
     schemes: tuple[str, ...]
-    members: tuple[tuple[str, ...], ...]
+    members: tuple[tuple[Any, ...], ...]
     frequency: np.ndarray
     weight: np.ndarray
     error: np.ndarray
@@ -85,7 +86,7 @@ class LayerScores:
     def rows(
         self, *, alpha: float = 1.0, beta: float = 1.5, gamma: float = 1.0, must: Sequence[str] = ()
     ) -> pmq.Experts:
-        """Return what can be chosen: one row an expert, one column a scheme, super experts pinned.
+        """Return what can be chosen: one row an expert, one column a scheme, super experts pinned; not by projection.
 
         Args:
             alpha, beta, gamma: exponents of frequency, weight and error.
@@ -99,8 +100,8 @@ class LayerScores:
 
 def pmq_scores(
     checkpoint: Checkpoint, experts: Experts, layers: Sequence[Sequence[Matrix]], menu: Sequence[Scheme], form: Form,
-    samples: Sequence[np.ndarray], settings: Settings, options: Options, *, progress: Tell | None = None,
-    stop: threading.Event | None = None,
+    samples: Sequence[np.ndarray], settings: Settings, options: Options, *, by_projection: bool = False,
+    progress: Tell | None = None, stop: threading.Event | None = None,
 ) -> list[LayerScores]:  # fmt: skip
     """Return the scores of every layer of experts that runs and whose experts' matrices are all given.
 
@@ -113,6 +114,7 @@ def pmq_scores(
         samples: calibration tokens, one array a sample.
         settings: where and how the model runs.
         options: of the quantizer.
+        by_projection: of each projection of an expert by itself, gate and up together, instead of whole experts.
         progress: called with (what, done, total).
         stop: set it to stop.
 
@@ -131,21 +133,24 @@ def pmq_scores(
     total = route(checkpoint, samples, settings, use, experts=experts, stop=stop,
                   progress=lambda done, steps: tell("routing", done, steps))  # fmt: skip
     pinned = [one for one in by_peaks(use.peaks, total) if one.certain]
-    errors = _Errors(checkpoint, wanted, counts, Quantizer(form, menu, options), len(menu), options, stop)
+    errors = _Errors(
+        checkpoint, wanted, counts, Quantizer(form, menu, options), len(menu), options, by_projection, stop
+    )
     with Walk(checkpoint, samples, replace(settings, spill=None)) as walk:
         errors.run(walk, tell)
     found = []
     for number, matrices in wanted.items():
-        members = errors.members[number]
+        members, known = errors.members[number], {m.label: m for m in matrices}
         sizes = np.array(
-            [
-                [sum(_bytes(form, m, s) for m in matrices if m.label in set(own)) for s in menu]
-                for own in members
-            ]
-        )
+            [[[sum(_bytes(form, known[label], s) for label in part) for s in menu] for part in own] for own in members],
+            dtype=np.int64,
+        )  # fmt: skip
+        values = errors.values[number]
+        if not by_projection:
+            members, sizes, values = tuple(own[0] for own in members), sizes[:, 0], values[:, 0]
         found.append(LayerScores(
             number, tuple(scheme.name for scheme in menu), members, use.tokens[number] / use.seen[number],
-            use.shares[number] / use.seen[number], errors.values[number], sizes.astype(np.int64),
+            use.shares[number] / use.seen[number], values, sizes,
             tuple(one.expert for one in pinned if one.layer == number),
         ))  # fmt: skip
     return found
@@ -193,13 +198,14 @@ class _Errors:
 
     def __init__(
         self, checkpoint: Checkpoint, layers: Mapping[int, Sequence[Matrix]], counts: Mapping[int, int],
-        quantizer: Quantizer, schemes: int, options: Options, stop: threading.Event | None,
+        quantizer: Quantizer, schemes: int, options: Options, by_projection: bool, stop: threading.Event | None,
     ) -> None:  # fmt: skip
+        self._by_projection = by_projection
         self._checkpoint, self._layers, self._counts = checkpoint, layers, counts
         self._quantizer, self._schemes, self._stop = quantizer, schemes, stop
         self._hessians = options.method == "gptq"
         self.values: dict[int, np.ndarray] = {}
-        self.members: dict[int, tuple[tuple[str, ...], ...]] = {}
+        self.members: dict[int, tuple[tuple[tuple[str, ...], ...], ...]] = {}
 
     def run(self, walk: Walk, tell: Tell) -> None:
         """Run all layers."""
@@ -252,23 +258,39 @@ class _Errors:
             {id(m): m for (_, e), listed in places.items() if e == expert for m, _ in listed}
             for expert in range(count)
         ]
-        self.members[layer] = tuple(tuple(m.label for m in found.values()) for found in own)
+        names = {id(m): name.rpartition(".")[2] for (name, _), listed in places.items() for m, _ in listed}
+        parts = self._parts(names.values())
+        self.members[layer] = tuple(
+            tuple(tuple(m.label for m in found.values() if names[id(m)] in part) for part in parts)
+            for found in own
+        )
         chosen = {expert: (rows, slots) for expert, rows, slots in routed(index, count)}
-        errors = np.zeros((count, self._schemes))
+        errors = np.zeros((count, len(parts), self._schemes))
         device = self._skeleton.placement.of_layer(layer)
         for expert, found in enumerate(own):
             if self._stop is not None and self._stop.is_set():
                 raise Interrupted("E130", "interrupted while experts were measured")
             if expert in chosen:
                 rows, slots = chosen[expert]
-                part = hidden[rows].to(device), weights[rows, slots].to(device)
-                errors[expert] = self._error(layer, module, expert, list(found.values()), places, *part)
+                tokens = hidden[rows].to(device), weights[rows, slots].to(device)
+                errors[expert] = self._error(
+                    layer, module, expert, list(found.values()), places, parts, *tokens
+                )
         self.values[layer] = errors
 
+    def _parts(self, names: Iterable[str]) -> list[frozenset[str]]:
+        """Return the parameters of an expert that share a scheme: all, or what enters it, and what leaves it."""
+        held = frozenset(names)
+        if not self._by_projection:
+            return [held]
+        down = frozenset(name for name in held if name.startswith("down_proj"))
+        return [part for part in (held - down, down) if part]
+
     def _error(
-        self, layer: int, module: Any, expert: int, matrices: Sequence[Matrix], places: Places, inputs: Tensor, gates: Tensor
+        self, layer: int, module: Any, expert: int, matrices: Sequence[Matrix], places: Places,
+        parts: Sequence[frozenset[str]], inputs: Tensor, gates: Tensor,
     ) -> np.ndarray:  # fmt: skip
-        """Return eps of one expert in every scheme, on its own tokens."""
+        """Return eps of one expert by part and scheme, on its own tokens, [P, J]."""
         plain = self._skeleton.read_expert(layer, expert)
         versions = [{name: value.clone() for name, value in plain.items()} for _ in range(self._schemes)]
         fitted = np.zeros((len(matrices), self._schemes), dtype=bool)
@@ -296,4 +318,7 @@ class _Errors:
             return weighted_expert(module, expert, rows, inputs, gates, lambda _, name: slices[name]).double()
 
         reference = out(plain)
-        return np.array([float(torch.linalg.vector_norm(out(version) - reference)) for version in versions])
+        return np.array([
+            [float(torch.linalg.vector_norm(out(plain | {name: version[name] for name in part}) - reference)) for version in versions]
+            for part in parts
+        ])  # fmt: skip
