@@ -16,8 +16,11 @@ E6 output. `surgeon explain E303` shows the page of one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
+
+from surgeon.scalars import show
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,34 @@ def raise_all(findings: Iterable[SurgeonError]) -> None:
     first = found[0]
     first.others = (*first.others, *found[1:])
     raise first
+
+
+def wrong_options(
+    found: Iterable[Mapping[str, Any]], *, code: str, verb: str, known: Iterable[str]
+) -> UsageError:
+    """Return what checking a request found as one refusal with all further ones attached.
+
+    Args:
+        found: the errors of a pydantic ValidationError.
+        code: of the refusal.
+        verb: the command that has the options.
+        known: names of the options, with underscores.
+    """
+    usual = f'"surgeon {verb} --help" says what each option takes'
+    refused = []
+    for one in found:
+        name = str(one["loc"][0])[:60] if one["loc"] else ""
+        option = f"--{name.replace('_', '-')}" if name else "the request"
+        if one["type"] == "extra_forbidden":
+            refused.append(
+                UsageError(code, f"{verb} has no option {option}", help=close_matches(name, known) or usual)
+            )
+        else:
+            said = str(one["msg"]).removeprefix("Value error, ")
+            message = f"{option} is {show(one.get('input'))}: {said[:1].lower()}{said[1:]}"
+            refused.append(UsageError(code, message, help=usual))
+    refused[0].others = tuple(refused[1:])
+    return refused[0]
 
 
 def close_matches(word: str, choices: Iterable[str]) -> str | None:

@@ -111,4 +111,5 @@ def _size(block: Any, number: int, part: str, key: str) -> int:
 
 
 def _malformed(what: str) -> InputError:
-    return InputError("E340", f"config.json is not usable: {what}", where=Where(file="config.json"))
+    return InputError("E340", f"config.json is not usable: {what}", where=Where(file="config.json"),
+                      help="block_configs has an entry for each layer, as surgeon prune wrote it: restore that file, or prune again")  # fmt: skip

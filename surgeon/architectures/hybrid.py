@@ -25,7 +25,7 @@ def kind_of(settings: Settings, index: int, key: str = "layer_types") -> str:
     if not isinstance(listed, list) or not all(isinstance(kind, str) for kind in listed):
         raise InputError(
             "E340", f"config.json sets {key} to {str(listed)[:60]!r}, which is not a list of kinds of layers",
-            where=Where(file="config.json"),
+            where=Where(file="config.json"), help=f'{key} names the kind of each layer, such as ["linear_attention", "full_attention"]',
         )  # fmt: skip
     kind = listed[min(index, len(listed) - 1)] if listed else FULL  # a wrong length is said by a rule
     return OLD_KINDS.get(kind, kind)

@@ -111,8 +111,40 @@ def build(name: str) -> Any:
 
 def run(name: str, arguments: list[str]) -> int:
     """Run one command; return its exit code."""
+    import typer
+
     try:
-        build(name)(arguments, prog_name=f"surgeon {name}", standalone_mode=True)
+        code = build(name)(arguments, prog_name=f"surgeon {name}", standalone_mode=False)
     except SystemExit as ending:
         return ending.code if isinstance(ending.code, int) else 1 if ending.code else 0
-    return 0
+    except typer.Abort:
+        sys.stderr.write("aborted\n")
+        return 1
+    except BrokenPipeError:
+        # Whoever read the output has gone; what is still buffered must not fail once more at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # what Typer says of arguments
+            raise
+        return _misused(name, error, "--json" in arguments)
+    return code if isinstance(code, int) else 0
+
+
+def _misused(name: str, error: Any, as_document: bool) -> int:
+    """Say that the arguments are none of the command's, as Typer does; as a document where one was asked for."""
+    error.show()
+    if as_document:
+        import json
+
+        said = {"code": "E200", "message": error.format_message(), "where": None, "help": f'"surgeon {name} --help" shows the options',
+                "exit_code": error.exit_code, "others": []}  # fmt: skip
+        document = {
+            "schema": 1,
+            "command": name,
+            "status": "failed",
+            "exit_code": error.exit_code,
+            "error": said,
+        }
+        sys.stdout.write(json.dumps(document, indent=2) + "\n")
+    return error.exit_code

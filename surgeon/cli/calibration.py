@@ -17,6 +17,9 @@ Source = Annotated[
 ]
 Samples = Annotated[int, typer.Option("--samples", min=1, help="Texts taken, by --seed.")]
 SequenceLength = Annotated[int, typer.Option("--sequence-length", min=2, help="Most tokens of one text.")]
+Precision = Annotated[
+    str, typer.Option("--calibration-dtype", help="Precision of calibration: float32, bfloat16, float16.")
+]
 Pack = Annotated[bool, typer.Option("--pack/--no-pack", help="Join texts into full sequences.")]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,57 +29,46 @@ def clean(
     out = Output(json_, quiet, verbose)
 
     def work() -> dict[str, Any]:
-        from surgeon.output import leftovers
+        from surgeon.python import cleaning
 
-        found, live = leftovers.find(Path(folder))
-        for destination in live:
+        document = cleaning.clean(folder)
+        for destination in document["live"]:
             out.note(f"a run is writing {destination}; its files are left alone")
-        entries = [_entry(item) for item in found]
+        found = document["leftovers"]
         for item in found:
             _show(out, item)
-        document = {
-            "folder": folder,
-            "leftovers": entries,
-            "live": [str(d) for d in live],
-            "removed": [],
-            "restored": [],
-        }
         if not found:
             out.line("nothing to clean")
             return document
-        total = sum(item.bytes for item in found)
+        total = sum(item["bytes"] for item in found)
         out.line(f"{len(found)} leftover{'s' if len(found) > 1 else ''}, {size(total)}")
         if not _agreed(out, yes, json_, len(found)):
             out.line("nothing was changed; --yes removes them")
             return document
-        _act(out, leftovers, found, document)
+        document = cleaning.clean(folder, yes=True)
+        for path in document["restored"]:
+            out.line(f"restored {path}")
+        for path in document["removed"]:
+            out.line(f"removed  {path}")
         return document
 
     raise typer.Exit(run_command(out, "clean", work))
 
 
-def _entry(item: Any) -> dict[str, Any]:
-    return {**dataclasses.asdict(item), "path": str(item.path), "destination": str(item.destination),
-            "restorable": _restorable(item)}  # fmt: skip
-
-
-def _restorable(item: Any) -> bool:
-    return item.kind == "previous" and not item.destination_exists
-
-
-def _show(out: Output, item: Any) -> None:
-    if item.kind == "lock":
+def _show(out: Output, item: dict[str, Any]) -> None:
+    name = Path(item["destination"]).name
+    if item["kind"] == "lock":
         text = "lock file of a run that is gone"
-    elif _restorable(item):
-        text = f"{size(item.bytes)}   the previous {item.destination.name}, and {item.destination.name} is gone: it will be put back"
-    elif item.kind == "previous":
-        text = (f"{size(item.bytes)}   the previous {item.destination.name}, replaced by what is there now; "
-                f"to go back: move {item.destination.name} away and rename this to it")  # fmt: skip
+    elif item["restorable"]:
+        text = f"{size(item['bytes'])}   the previous {name}, and {name} is gone: it will be put back"
+    elif item["kind"] == "previous":
+        text = (f"{size(item['bytes'])}   the previous {name}, replaced by what is there now; "
+                f"to go back: move {name} away and rename this to it")  # fmt: skip
     else:
-        doing = f"{item.verb or 'run'} to {item.destination.name}"
-        inputs = f" of {', '.join(item.inputs)}" if item.inputs else ""
-        text = f"{size(item.bytes)}   interrupted {doing}{inputs}, {item.finished:,} items finished"
-    out.line(f"{item.path}   {text}")
+        doing = f"{item['verb'] or 'run'} to {name}"
+        inputs = f" of {', '.join(item['inputs'])}" if item["inputs"] else ""
+        text = f"{size(item['bytes'])}   interrupted {doing}{inputs}, {item['finished']:,} items finished"
+    out.line(f"{item['path']}   {text}")
 
 
 def _agreed(out: Output, yes: bool, json_mode: bool, count: int) -> bool:
@@ -92,18 +80,3 @@ def _agreed(out: Output, yes: bool, json_mode: bool, count: int) -> bool:
         return typer.confirm(f"remove {'it' if count == 1 else 'them'}?", default=False, err=True)
     except typer.Abort:
         return False
-
-
-def _act(out: Output, leftovers: Any, found: list[Any], document: dict[str, Any]) -> None:
-    for item in sorted(found, key=lambda i: not _restorable(i)):
-        if _restorable(item) and not item.destination.exists():
-            back = leftovers.restore(item)
-            if back is not None:
-                document["restored"].append(str(back))
-                out.line(f"restored {back}")
-            continue
-        if item.kind == "previous" and _restorable(item):
-            continue  # a newer copy was put back; this one is kept
-        if leftovers.remove(item):
-            document["removed"].append(str(item.path))
-            out.line(f"removed  {item.path}")

@@ -71,7 +71,7 @@ def diff(
                 dequantize=dequantize,
                 offline=offline,
                 threads=threads,
-                progress=bar,
+                progress=lambda _, done, total: bar(done, total),
             )
         finally:
             bar.close()

@@ -2,15 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
-import os
-import platform
-import re
-import shutil
-import sys
-import tempfile
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -18,26 +9,6 @@ import typer
 from surgeon.cli import options as o
 from surgeon.cli.errors import run_command
 from surgeon.cli.output import Output, size
-
-NEEDED = (
-    ("numpy", "1.26", "all arithmetic"),
-    ("typer", "0.15", "the command line"),
-    ("pydantic", "2.7", "checking requests"),
-    ("pyyaml", "6.0", "recipes"),
-    ("huggingface_hub", "0.30", "hub models"),
-)
-OPTIONAL = (
-    ("numba", "0.60", "faster merges", "numba"),
-    ("torch", "2.4", "verify --load, calibration, eval", "model-surgeon[run]"),
-    ("transformers", "5.23", "verify --load, calibration, eval", "model-surgeon[run]"),
-    ("safetensors", "0.5", "verify --load", "model-surgeon[run]"),
-    ("accelerate", "1.0", "large models, several GPUs", "model-surgeon[run]"),
-    ("pyarrow", "15", "parquet files as data", "model-surgeon[data]"),
-    ("datasets", "3.0", "dataset ids as data", "model-surgeon[data]"),
-    ("matplotlib", "3.8", "reports as PNG", "model-surgeon[report]"),
-    ("lm-eval", "0.4.9", "eval --tasks", "model-surgeon[eval]"),
-)
-"""Package, least version, what it is for, what to install: as in pyproject.toml (a test compares them)."""
 
 
 def doctor(
@@ -53,112 +24,20 @@ def doctor(
     out = Output(json_, quiet, verbose)
 
     def work() -> dict[str, Any]:
-        document = {"environment": environment(), "packages": packages(), "numba": compiled()}
+        from surgeon.python import diagnosis
+
+        document = diagnosis.doctor()
         _show(out, document)
         if model is not None:
-            document["model"] = possibilities(model, offline, document)
+            from surgeon import api
+
+            summary = api.inspect(model, offline=offline).summary
+            document["model"] = diagnosis.possibilities(summary, document["environment"])
             out.line()
             _show_model(out, document["model"])
         return document
 
     raise typer.Exit(run_command(out, "doctor", work))
-
-
-def environment() -> dict[str, Any]:
-    """Return what the machine offers."""
-    from surgeon import __version__
-    from surgeon.system import memory_budget, physical_cores
-
-    cache = hub_cache()
-    return {
-        "surgeon": __version__, "python": platform.python_version(), "executable": sys.executable,
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "cores": physical_cores(), "logical_cores": os.cpu_count(), "memory_bytes": _memory("MemTotal"),
-        "memory_free_bytes": _memory("MemAvailable"), "memory_limit_bytes": memory_budget(), "cgroup_limit_bytes": cgroup_limit(),
-        "folder": os.getcwd(), "disk_free_bytes": shutil.disk_usage(".").free, "hub_cache": str(cache),
-        "hub_cache_exists": cache.is_dir(), "offline": os.environ.get("HF_HUB_OFFLINE", "") in {"1", "ON", "YES", "TRUE", "true"},
-    }  # fmt: skip
-
-
-def hub_cache() -> Path:
-    """Return where the hub library keeps its models."""
-    for name, below in (("HF_HUB_CACHE", ""), ("HUGGINGFACE_HUB_CACHE", ""), ("HF_HOME", "hub")):
-        if os.environ.get(name):
-            return Path(os.environ[name]).expanduser() / below
-    root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(root).expanduser() / "huggingface" / "hub"
-
-
-def cgroup_limit() -> int | None:
-    """Return the container's memory limit, None when there is none."""
-    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            text = Path(name).read_text().strip()
-        except OSError:
-            continue
-        if text.isdigit() and int(text) < 1 << 60:
-            return int(text)
-    return None
-
-
-def _memory(key: str) -> int | None:
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith(f"{key}:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        return None
-    return None
-
-
-def packages() -> list[dict[str, Any]]:
-    """Return found and needed versions; imports none of the packages."""
-    rows = []
-    for name, least, purpose, *install in [*NEEDED, *OPTIONAL]:
-        try:
-            found = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found = None
-        rows.append(
-            {
-                "name": name, "found": found, "needed": least, "purpose": purpose, "optional": bool(install),
-                "ok": found is not None and _release(found) >= _release(least), "install": install[0] if install else name,
-            }
-        )  # fmt: skip
-    return rows
-
-
-def _release(text: str) -> tuple[int, ...]:
-    found = re.match(r"\d+(\.\d+)*", text)
-    return tuple(map(int, found[0].split("."))) if found else (0,)
-
-
-def compiled() -> dict[str, Any]:
-    """Say whether numba works here: it compiles one function, and can keep it on disk."""
-    if importlib.util.find_spec("numba") is None:
-        return {"usable": False, "reason": "not installed"}
-    try:
-        import numba
-
-        done = numba.njit("int64(int64)")(lambda value: value + 1)(1)
-    except Exception as error:
-        return {"usable": False, "reason": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
-    place = os.environ.get("NUMBA_CACHE_DIR")
-    source = Path(importlib.util.find_spec("surgeon").origin or ".").parent / "kernels" / "__pycache__"  # type: ignore[union-attr]
-    folders = [Path(place)] if place else [source, Path("~/.cache/numba").expanduser()]
-    writable = next((f for f in folders if _writable(f)), None)
-    return {"usable": done == 2, "reason": None, "cache": str(writable) if writable else None}
-
-
-def _writable(folder: Path) -> bool:
-    """Try to create a file there, or in the nearest folder that exists."""
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            return True
-    except OSError:
-        return False
 
 
 def _show(out: Output, document: dict[str, Any]) -> None:
@@ -193,57 +72,6 @@ def _show(out: Output, document: dict[str, Any]) -> None:
     for p in document["packages"]:
         if not p["ok"] and not p["optional"]:
             out.warning(f"{p['name']} {p['found'] or 'is missing'}: {p['needed']} or newer is needed")
-
-
-def possibilities(model: str, offline: bool, document: dict[str, Any]) -> dict[str, Any]:
-    """Say what can be done with a model on this machine, from its headers alone."""
-    from surgeon import api
-    from surgeon.verify import readers
-
-    found = api.inspect(model, offline=offline).summary
-    e = document["environment"]
-    limit = e["memory_limit_bytes"]
-    largest = 1 << 20
-    # A merge holds a few blocks per worker, not the model: see the engine's own estimate in --dry-run.
-    merging = 64 * largest * e["cores"] + (256 << 20)
-    reading = readers.OVERHEAD + found.bytes
-    using = readers.OVERHEAD + max(found.bytes, 4 * found.parameters)
-    missing = readers.available()
-    rows = []
-
-    def add(name: str, possible: bool, detail: str) -> None:
-        rows.append({"what": name, "possible": possible, "detail": detail})
-
-    if found.quantized:
-        add("merge", False, f"it is quantized ({found.quantized}); merging needs plain weights")
-    else:
-        enough = merging <= limit
-        add(
-            "merge",
-            enough,
-            f"about {size(merging)} of memory ({size(limit)} available), whatever the model's size",
-        )
-        room = found.bytes <= e["disk_free_bytes"]
-        add(
-            "write it",
-            room,
-            f"{size(found.bytes)} on disk, {size(e['disk_free_bytes'])} free in {e['folder']}",
-        )
-    known = (
-        ""
-        if found.known_architecture
-        else "; no record of this family: only numbering and likeness of layers are checked"
-    )
-    add("verify", True, f"reads {size(found.file_bytes)}{known}")
-    if found.kind == "file":
-        add("verify --load", False, "a bare file; readers load folders with config.json")
-    elif missing:
-        add("verify --load", False, f"{' and '.join(missing)} not installed: {readers.INSTALL}")
-    else:
-        add("verify --load", reading <= limit, f"about {size(reading)} of memory ({size(limit)} available)")
-        add("verify --generate", using <= limit, f"about {size(using)} of memory, in float32")
-    return {"label": found.label, "family": found.family, "known_family": found.known_architecture, "bytes": found.bytes,
-            "quantized": found.quantized, "abilities": rows, "missing_beside": found.missing}  # fmt: skip
 
 
 def _show_model(out: Output, found: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from surgeon.cli import options as o
 from surgeon.cli.errors import run_command, stop_on_signals
 from surgeon.cli.output import Output, number, size
 from surgeon.errors import UsageError
+from surgeon.python.edited import written
 
 
 def edit(
@@ -319,24 +320,12 @@ def _describe(out: Output, report: dict[str, Any]) -> None:
 
 def _finish(out: Output, done: Any) -> dict[str, Any]:
     outcome = done.outcome
-    document: dict[str, Any] = {
-        "edit": done.report,
-        "notes": done.notes,
-        "warnings": done.warnings,
-        "output": {"path": str(done.path)},
-    }
-    if outcome is not None:
-        document["output"] |= {
-            "unchanged": outcome.unchanged,
-            "sha256": {name: digest for body in outcome.manifests.values() for name, digest in body["files"].items()
-                       if name.endswith(".safetensors")},
-        }  # fmt: skip
-        document["seconds"] = round(outcome.seconds, 3)
-        if not out.quiet:
-            out.line(f"unchanged {done.path}: it already holds this result, verified" if outcome.unchanged else
-                     f"verified  {_count(len(done.report['changed']))} changed or added, all others byte for byte the source's")  # fmt: skip
-            out.log("An edited model must be evaluated before use: accuracy and answer length on its task and on a neutral one "
-                    "(surgeon eval).")  # fmt: skip
+    document = written(done)
+    if outcome is not None and not out.quiet:
+        out.line(f"unchanged {done.path}: it already holds this result, verified" if outcome.unchanged else
+                 f"verified  {_count(len(done.report['changed']))} changed or added, all others byte for byte the source's")  # fmt: skip
+        out.log("An edited model must be evaluated before use: accuracy and answer length on its task and on a neutral one "
+                "(surgeon eval).")  # fmt: skip
     out.line(f"wrote     {done.path}")
     return document
 

@@ -49,6 +49,9 @@ def run_command(out: Output, command: str, work: Callable[[], dict[str, Any] | N
                                                       help="set --memory-limit lower than the real limit"), "failed")  # fmt: skip
     except KeyboardInterrupt:
         return _failed(out, command, Interrupted("E130", "interrupted"), "failed")
+    except ImportError as error:
+        fault = _missing_package(error)
+        return _bug(out, command, error) if fault is None else _failed(out, command, fault, "failed")
     except Exception as bug:
         return _bug(out, command, bug)
     code = int(document.pop("exit_code", 0))
@@ -63,9 +66,30 @@ _OF_PACKAGES = ("E324", "E360", "E364", "E380", "E392", "E512")
 """Codes that a package which is missing or older than needed can be the reason of."""
 
 
+_EXTRAS = {
+    "torch": "run", "transformers": "run", "safetensors": "run", "accelerate": "run", "scipy": "run",
+    "compressed_tensors": "quantize", "auto_round": "quantize", "bitsandbytes": "quantize", "gguf": "gguf",
+    "xllamacpp": "gguf", "pyarrow": "data", "datasets": "data", "matplotlib": "report", "lm_eval": "eval",
+}  # fmt: skip
+"""Module of a package that need not be installed -> the extra that brings it, as in pyproject.toml."""
+
+
+def _missing_package(error: ImportError) -> SurgeonError | None:
+    """Return the refusal for an optional package that cannot be imported; None where the import is a mistake of ours."""
+    from surgeon.errors import EnvironmentFault
+
+    named = (error.name or "").partition(".")[0]
+    if not named:  # raised by a package itself
+        named = next((word for word in re.findall(r"\w+", str(error)) if word in _EXTRAS), "")
+    if named not in _EXTRAS:
+        return None
+    what = "is not installed" if isinstance(error, ModuleNotFoundError) and error.name == named else f"cannot be imported: {error}"  # fmt: skip
+    return EnvironmentFault("E512", f"{named} {what}", help=f'pip install "model-surgeon[{_EXTRAS[named]}]"')
+
+
 def package_faults(message: str) -> list[str]:
     """Say which packages are too old, and of those that the message names, which are missing (fault H7)."""
-    from surgeon.cli.doctor import packages
+    from surgeon.python.diagnosis import packages
 
     named = set(re.findall(r"[\w-]+", message))
     return [

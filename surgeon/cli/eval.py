@@ -22,7 +22,7 @@ _NAMES = {
 
 
 def eval(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub id.")],
+    model: o.Model,
     questions: Annotated[
         list[str] | None,
         typer.Option(
@@ -116,7 +116,7 @@ def eval(
     report: Annotated[
         str | None, typer.Option("--report", metavar="FILE", help=".html, .md, .svg or .png.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace whatever file -o names.")] = False,
+    overwrite: o.OverwriteFile = False,
     resume: o.Resume = True,
     dtype: Annotated[
         str,
@@ -125,7 +125,7 @@ def eval(
             help="auto, float32, bfloat16 or float16 [auto: as stored on a GPU, float32 on a CPU if it fits].",
         ),
     ] = "auto",
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: o.Device = "auto",
     threads: o.Threads = None,
     memory_limit: o.MemoryLimit = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of sampling and of intervals; recorded.")] = 0,

@@ -28,30 +28,16 @@ def explain(
 
     def work() -> dict[str, Any]:
         from surgeon import explanations
+        from surgeon.python import catalogue
 
+        document = catalogue.explain(code)
         if code is None:
             _listing(out, explanations.groups())
-            return {"groups": [_group(group) for group in explanations.groups()]}
-        page = explanations.page(code)
-        _show(out, page)
-        return {"page": _heading(page) | {
-            "group": page.group, "meaning": page.meaning, "when": page.when, "fix": page.fix, "example": list(page.example),
-        }}  # fmt: skip
+        else:
+            _show(out, explanations.page(code))
+        return document
 
     raise typer.Exit(run_command(out, "explain", work))
-
-
-def _heading(page: Page) -> dict[str, Any]:
-    return {"code": page.code, "title": page.title, "exit_codes": list(page.exits)}
-
-
-def _group(group: Group) -> dict[str, Any]:
-    return {
-        "name": group.name,
-        "title": group.title,
-        "summary": group.summary,
-        "codes": [_heading(page) for page in group.pages],
-    }
 
 
 def _listing(out: Output, groups: tuple[Group, ...]) -> None:

@@ -85,15 +85,17 @@ def export(
     def work() -> dict[str, Any]:
         from surgeon import api
 
+        options: dict[str, Any] = dict(
+            to=to, member=member, gguf_type=gguf_type, gguf_override=tuple(gguf_override or ()), check=check, dtype=dtype,
+            max_shard_size=o.byte_size(max_shard_size, "--max-shard-size"), weights=weights, ignore_unlisted=ignore_unlisted,
+            allow_nonfinite=allow_nonfinite, allow_pickle=allow_pickle, dequantize=dequantize, offline=offline,
+        )  # fmt: skip
         bar = Stages(out)
         with stop_on_signals(out) as (stop, _):
             try:
                 document = api.export(
-                    model, output, to=to, member=member, gguf_type=gguf_type, gguf_override=tuple(gguf_override or ()), check=check, dtype=dtype, overwrite=overwrite, resume=resume,
-                    dry_run=dry_run, max_shard_size=o.byte_size(max_shard_size, "--max-shard-size"), threads=threads,
-                    memory_limit=o.byte_size(memory_limit, "--memory-limit"), weights=weights,
-                    ignore_unlisted=ignore_unlisted, allow_nonfinite=allow_nonfinite, allow_pickle=allow_pickle,
-                    dequantize=dequantize, offline=offline, progress=bar.tell, stop=stop,
+                    model, output, overwrite=overwrite, resume=resume, dry_run=dry_run, threads=threads,
+                    memory_limit=o.byte_size(memory_limit, "--memory-limit"), progress=bar.tell, stop=stop, **options,
                 )  # fmt: skip
             finally:
                 bar.close()

@@ -50,13 +50,8 @@ def inspect(
     router_logits: e.Logits = False,
     scores: e.Scores = None,
     guess: e.Guess = False,
-    expert_record: Annotated[
-        str | None,
-        typer.Option(
-            "--expert-record", help="YAML that says where experts lie, for a family without a record."
-        ),
-    ] = None,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    expert_record: o.ExpertRecord = None,
+    device: o.Device = "auto",
     calibration_dtype: Annotated[
         str,
         typer.Option("--calibration-dtype", help="Precision of a pass: float32, bfloat16, float16."),
@@ -100,7 +95,12 @@ def inspect(
         bar = out.progress("reading")
         try:
             found = api.inspect(
-                model, tensors=tensors, stats=stats, offline=offline, threads=threads, progress=bar
+                model,
+                tensors=tensors,
+                stats=stats,
+                offline=offline,
+                threads=threads,
+                progress=lambda _, done, total: bar(done, total),
             )
         finally:
             bar.close()
@@ -135,7 +135,8 @@ def inspect(
                     samples=samples, sequence_length=sequence_length, seed=seed, keep_experts=keep_experts,
                     criterion=criterion, markers=marker or (), windows=window or (), cache_ratios=cache_ratio or (),
                     logits=router_logits, device=device, calibration_dtype=calibration_dtype, threads=threads,
-                    memory_limit=o.byte_size(memory_limit, "--memory-limit"), offline=offline, progress=bar, stop=stop,
+                    memory_limit=o.byte_size(memory_limit, "--memory-limit"), offline=offline,
+                    progress=lambda _, done, total: bar(done, total), stop=stop,
                 ))  # fmt: skip
                 if routing is not None:
                     document["routing"] = routing

@@ -12,7 +12,7 @@ from surgeon.cli.output import Output, number, plain, size
 
 
 def measure(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub id.")],
+    model: o.Model,
     baseline: Annotated[
         str | None,
         typer.Option(
@@ -59,7 +59,7 @@ def measure(
         str | None,
         typer.Option("--attention", help="Attention implementation: sdpa, eager, ... [the family's]."),
     ] = None,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: o.Device = "auto",
     dtype: Annotated[
         str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16 [auto: as stored].")
     ] = "auto",
@@ -69,7 +69,7 @@ def measure(
         str | None,
         typer.Option("--output", "-o", metavar="FILE.json", help="Write the table, or the result."),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace whatever file -o names.")] = False,
+    overwrite: o.OverwriteFile = False,
     seed: Annotated[int, typer.Option("--seed", help="Seed of token ids, order and intervals.")] = 0,
     offline: o.Offline = False,
     json_: o.Json = False,

@@ -14,6 +14,7 @@ from surgeon.cli import options as o
 from surgeon.cli.errors import run_command, stop_on_signals
 from surgeon.cli.output import Output, number, plain, size
 from surgeon.errors import UsageError
+from surgeon.python.merged import describe, effective_update, rehearsed, written
 
 
 def merge(
@@ -139,7 +140,7 @@ def merge(
     mergekit_quirks: Annotated[
         bool, typer.Option("--mergekit-quirks", help="Reproduce mergekit's oddities that affect numbers.")
     ] = False,
-    strict: Annotated[bool, typer.Option("--strict", help="Warnings are errors.")] = False,
+    strict: o.Strict = False,
     dequantize: o.Dequantize = False,
     offline: o.Offline = False,
     json_: o.Json = False,
@@ -238,7 +239,8 @@ def run_yaml(out: Output, file: str, common: dict[str, Any], settings: Settings)
     for remark in remarks:
         out.warning(remark)
     if remarks and common.get("strict"):
-        raise UsageError("E220", f"--strict: {remarks[0].message}", where=remarks[0].where or Where(file))
+        raise UsageError("E220", f"--strict: {remarks[0].message}", where=remarks[0].where or Where(file),
+                         help="change what the warning names, or leave out --strict")  # fmt: skip
     base_request = api.build_request(models=(), method="linear", **common)
     if len(specs) > 1:
         from surgeon.cli.multi import run_documents
@@ -257,7 +259,7 @@ def finish(out: Output, planned: Any, settings: Settings, strict: bool) -> dict[
     for warning in plan.warnings:
         out.warning(warning)
     if strict and plan.warnings:
-        raise UsageError("E220", f"--strict: {plan.warnings[0]}")
+        raise UsageError("E220", f"--strict: {plan.warnings[0]}", help="change what the warning names, or leave out --strict")  # fmt: skip
     check = planned.check(
         destination, threads=settings.threads, memory_limit=settings.memory_limit,
         overwrite=settings.overwrite or _repeatable(destination, planned),
@@ -266,8 +268,7 @@ def finish(out: Output, planned: Any, settings: Settings, strict: bool) -> dict[
     summary(out, plan, described)
     if settings.dry_run:
         out.line("nothing was written.")
-        return {"status": "dry-run", "plan": described, "output": {"path": str(destination)}, "warnings": list(plan.warnings),
-                "notes": [*planned.notes, *plan.notes]}  # fmt: skip
+        return rehearsed(planned, described, destination)
     with stop_on_signals(out) as (stop, _):
         if planned.needs:
             planned = measure(out, planned, destination, settings, stop)
@@ -277,7 +278,7 @@ def finish(out: Output, planned: Any, settings: Settings, strict: bool) -> dict[
         try:
             outcome = planned.run(
                 destination, threads=check.threads, memory_limit=settings.memory_limit, overwrite=settings.overwrite,
-                resume=settings.resume, progress=bar, stop=stop,
+                resume=settings.resume, progress=lambda _, done, total: bar(done, total), stop=stop,
             )  # fmt: skip
         finally:
             bar.close()
@@ -336,27 +337,6 @@ def _strength(recipe: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in adjust.items() if k not in {"reference", "layer_scores"}}
 
 
-def describe(plan: Any, check: Any) -> dict[str, Any]:
-    """Return the plan's figures."""
-    copied = sum(
-        1 for item in plan.items if all(t.operation.copies or t.operation.name == "cast" for t in item.tasks)
-    )
-    outputs = [o for tensors in plan.outputs().values() for o in tensors]
-    dtypes: dict[str, int] = {}
-    for tensor in outputs:
-        dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + tensor.nbytes
-    return {
-        "id": plan.plan_id(), "method": plan.recipe["method"], "inputs": list(plan.inputs), "tensors": len(plan.items),
-        "merged": len(plan.items) - copied, "copied": copied, "outputs": [k for k in plan.models if k] or 1,
-        "bytes": sum(o.nbytes for o in outputs), "parameters": sum(o.elements for o in outputs), "dtype_bytes": dtypes,
-        "read_bytes": check.estimate.read_bytes, "passes": check.estimate.passes,
-        "memory_estimate_bytes": check.estimate.memory_bytes, "memory_limit_bytes": check.memory_limit,
-        "disk_bytes": check.estimate.disk_bytes, "disk_free_bytes": check.disk_free, "threads": check.threads,
-        "parameters_of_method": plan.recipe["parameters"], "adjust": plan.recipe.get("adjust"),
-        "measured": plan.recipe.get("measured"),
-    }  # fmt: skip
-
-
 def summary(out: Output, plan: Any, described: dict[str, Any]) -> None:
     if out.quiet:
         return
@@ -391,7 +371,6 @@ def summary(out: Output, plan: Any, described: dict[str, Any]) -> None:
 
 def report(out: Output, planned: Any, described: dict[str, Any], outcome: Any) -> dict[str, Any]:
     """Print the result and return the JSON document's body."""
-    plan = planned.plan
     from surgeon.kernels import fused
     from surgeon.system import peak_memory
 
@@ -429,54 +408,4 @@ def report(out: Output, planned: Any, described: dict[str, Any], outcome: Any) -
         out.log(f"A merged model must be evaluated before use; check it first: surgeon verify {plain(first)} --generate"
                 if outcome.path.is_dir() else
                 f"A merged model must be evaluated before use; compare it first: surgeon diff {plain(outcome.path)} MODEL --values")  # fmt: skip
-    digests = {
-        name: d
-        for b in outcome.manifests.values()
-        for name, d in b["files"].items()
-        if name.endswith(".safetensors")
-    }
-    return {
-        "status": "ok",
-        "output": {
-            "path": str(outcome.path), "models": {k: str(p) for k, p in outcome.models.items()}, "bytes": described["bytes"],
-            "parameters": described["parameters"], "dtype_bytes": described["dtype_bytes"],
-            "shards": len(digests), "sha256": digests, "unchanged": outcome.unchanged,
-        },
-        "plan": described,
-        "metrics": {"effective_update": {k: v for k, v in update.items() if k != "text"}} if update else {},
-        "gates": [],
-        "compiled_kernels": fused.available(),
-        "peak_memory_bytes": peak,
-        "seconds": round(outcome.seconds, 3),
-        "timing": {k: round(v, 3) for k, v in vars(outcome.timing).items()},
-        "warnings": list(plan.warnings),
-        "notes": [*planned.notes, *plan.notes],
-    }  # fmt: skip
-
-
-def effective_update(summaries: dict[str, Any]) -> dict[str, Any] | None:
-    """Sum up what an update-selective merge really changed (dler's report)."""
-    rows = [s for tensors in summaries.values() for s in tensors.values() if "kept_energy" in s]
-    if not rows:
-        return None
-    total = {
-        k: sum(float(r[k]) for r in rows)
-        for k in ("elements", "changed", "kept", "energy", "kept_energy", "kept_l1", "moved_l1")
-    }
-    changed, kept = total["changed"] / total["elements"], total["kept"] / total["elements"]
-    energy = total["kept_energy"] / total["energy"] if total["energy"] else 1.0
-    scale = total["moved_l1"] / total["kept_l1"] if total["kept_l1"] else 0.0
-    asked = next((float(r["scale"]) for r in rows if "scale" in r), None)
-    warnings = []
-    if changed == 0:
-        warnings.append("the two models hold equal weights: the result is the base")
-    if kept >= changed > 0:
-        warnings.append(f"keep has no effect: only {changed:.1%} of the entries differ, all of them are kept")
-    if asked and changed and abs(scale - asked) > 0.1 * abs(asked):
-        warnings.append(f"the effective scale is {scale:.2f}, not {asked:g}: the updates are about as small as the output "
-                        "type's resolution; --dtype float32 keeps them exactly")  # fmt: skip
-    return {
-        "changed": changed, "kept": kept, "energy_kept": energy, "effective_scale": scale, "warnings": warnings,
-        "text": f"update    {changed:.1%} of entries differ   {kept:.1%} kept with {energy:.1%} of the energy   "
-        f"effective scale {scale:.3f}",
-    }  # fmt: skip
+    return written(planned, described, outcome)

@@ -10,9 +10,6 @@ from surgeon.cli import options as o
 from surgeon.cli.errors import run_command
 from surgeon.cli.output import Output
 
-FAMILIES = ("merge", "prune", "edit")
-_OPTIONS = {"weight", "density", "lambda", "t", "normalize"}
-
 
 def methods(
     name: Annotated[
@@ -28,93 +25,40 @@ def methods(
     def work() -> dict[str, Any]:
         from surgeon.merge.adjustments import ADJUSTMENTS
         from surgeon.merge.methods import catalogue, names
+        from surgeon.python.catalogue import methods
 
-        other = _other_families(out, name)
-        if other is not None:
-            return other
-        if name is None or name == "merge":
-            found = [catalogue(n) for n in names()]
-            _listing(out, found, ADJUSTMENTS)
-            return {"family": "merge", "methods": [describe(m) for m in found],
-                    "adjustments": [describe_adjustment(a) for a in ADJUSTMENTS]}  # fmt: skip
-        adjustment = next((a for a in ADJUSTMENTS if a.name == name.replace("-", "_")), None)
-        if adjustment is not None:
-            _adjustment_page(out, adjustment)
-            return {
-                "family": "merge",
-                "adjustment": {**describe_adjustment(adjustment), "page": adjustment.page},
-            }
-        method = catalogue(name)
-        _page(out, method)
-        return {"family": "merge", "method": {**describe(method), "page": method.page}}
+        document = methods(name)
+        if document["family"] != "merge":
+            _other_family(out, document)
+        elif "methods" in document:
+            if name is None:
+                out.line("prune and edit have methods, too: surgeon methods prune, surgeon methods edit")
+                out.line()
+            _listing(out, [catalogue(n) for n in names()], ADJUSTMENTS)
+        elif "adjustment" in document:
+            _adjustment_page(out, next(a for a in ADJUSTMENTS if a.name == str(name).replace("-", "_")))
+        else:
+            _page(out, catalogue(str(name)))
+        return document
 
     raise typer.Exit(run_command(out, "methods", work))
 
 
-def _other_families(out: Output, name: str | None) -> dict[str, Any] | None:
-    """Show pruning and editing, or one of their methods; None where it is merging that is asked for."""
-    from surgeon.edit.request import SUMMARIES
-    from surgeon.prune.experts import request as experts
-    from surgeon.prune.request import CRITERIA, METHODS, SPARSITY
-
-    families = {"prune": METHODS | experts.METHODS, "edit": SUMMARIES}
-    counted = SPARSITY | experts.SPARSITY
-    criteria = {**CRITERIA, "heapr": tuple(experts.CHANNELS)}
-    for family, found in families.items():
-        if name == family:
-            out.table(["method", "what it does"], [[method, text] for method, text in found.items()])
-            return {
-                "family": family,
-                "methods": [{"name": method, "summary": text} for method, text in found.items()],
-            }
-        if name in found:
-            assert name is not None
-            out.line(f"{name}   surgeon {family} MODEL --method {name}")
-            out.line()
-            out.line(found[name])
-            page: dict[str, Any] = {"name": name, "summary": found[name]}
-            if family == "prune":
-                page["sparsity"] = counted[name]
-                out.line(f"--sparsity   counts {counted[name]}")
-                if name in criteria:
-                    page["criteria"] = list(criteria[name])
-                    shown = ", ".join(one.replace("_", "-") for one in criteria[name])
-                    out.line(f"--criterion  {shown} (the first is the default)")
-            return {"family": family, "method": page}
-    if name is None:
-        out.line("prune and edit have methods, too: surgeon methods prune, surgeon methods edit")
-        out.line()
-    return None
-
-
-def describe(method: Any) -> dict[str, Any]:
-    """Return a method as data."""
-    return {
-        "name": method.name.replace("_", "-"),
-        "title": method.title,
-        "summary": method.summary,
-        "base": method.base,
-        "models": {"least": method.models[0], "most": method.models[1]},
-        "random": method.random,
-        "reference": method.reference,
-        "parameters": [
-            {
-                "name": p.name, "kind": p.kind, "help": p.help, "per_model": p.per_model, "required_in_yaml": p.required,
-                "default": p.default if p.cli is None else p.cli, "default_in_yaml": p.default,
-                "range": span(p), "choices": list(p.choices), "without_effect": p.inert, "option": _option(p.name),
-            }
-            for p in method.parameters
-        ],
-    }  # fmt: skip
-
-
-def describe_adjustment(adjustment: Any) -> dict[str, Any]:
-    """Return an adjustment as data."""
-    return {
-        "name": adjustment.name.replace("_", "-"), "title": adjustment.title, "option": adjustment.option,
-        "summary": adjustment.summary, "usual": adjustment.default, "reads": adjustment.reads,
-        "reference": adjustment.reference,
-    }  # fmt: skip
+def _other_family(out: Output, document: dict[str, Any]) -> None:
+    """Print the methods of pruning or editing, or one of them."""
+    if "methods" in document:
+        rows: list[list[object]] = [[one["name"], one["summary"]] for one in document["methods"]]
+        out.table(["method", "what it does"], rows)
+        return
+    page = document["method"]
+    out.line(f"{page['name']}   surgeon {document['family']} MODEL --method {page['name']}")
+    out.line()
+    out.line(page["summary"])
+    if "sparsity" in page:
+        out.line(f"--sparsity   counts {page['sparsity']}")
+    if "criteria" in page:
+        shown = ", ".join(one.replace("_", "-") for one in page["criteria"])
+        out.line(f"--criterion  {shown} (the first is the default)")
 
 
 def _adjustment_page(out: Output, adjustment: Any) -> None:
@@ -128,18 +72,6 @@ def _adjustment_page(out: Output, adjustment: Any) -> None:
         out.line(f"usual      {word}{'' if adjustment.default is True else f' {adjustment.default:g}'}")
     if adjustment.reference:
         out.line(f"reference  {adjustment.reference}")
-
-
-def _option(name: str) -> str:
-    return f"--{name}" if name in _OPTIONS else f"--param {name}="
-
-
-def span(parameter: Any) -> str | None:
-    """Return the accepted range as an interval."""
-    if parameter.low is None and parameter.high is None:
-        return None
-    left = "(-inf" if parameter.low is None else f"{'(' if parameter.open_low else '['}{parameter.low:g}"
-    return f"{left}, {'inf)' if parameter.high is None else f'{parameter.high:g}]'}"
 
 
 def _value(value: Any) -> str:
@@ -201,6 +133,8 @@ def _listing(out: Output, found: list[Any], adjustments: Any) -> None:
 
 
 def _page(out: Output, method: Any) -> None:
+    from surgeon.python.catalogue import OPTIONS, option, span
+
     out.line(
         f"{method.title}   surgeon merge ... --method {method.name.replace('_', '-')}   YAML: merge_method: {method.name}"
     )
@@ -234,8 +168,6 @@ def _page(out: Output, method: Any) -> None:
     out.line(
         "Options: "
         + ", ".join(
-            _option(p.name) + ("" if p.name in _OPTIONS else "VALUE")
-            for p in method.parameters
-            if not p.inert
+            option(p.name) + ("" if p.name in OPTIONS else "VALUE") for p in method.parameters if not p.inert
         )
     )

@@ -8,6 +8,8 @@ import typer
 
 from surgeon.errors import UsageError
 
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub id.")]
+ModelOrHere = Annotated[str, typer.Argument(metavar="[MODEL]", help="Folder or hub id [the current folder].")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout; logs on stderr.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Errors and warnings only.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="More detail; all findings of an error.")]
@@ -16,6 +18,7 @@ OutputPath = Annotated[
     str | None, typer.Option("--output", "-o", help="Folder, or file ending in .safetensors.")
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a previous model folder as a whole.")]
+OverwriteFile = Annotated[bool, typer.Option("--overwrite", help="Replace whatever file -o names.")]
 Resume = Annotated[bool, typer.Option("--resume/--no-resume", help="Continue a matching interrupted run.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Plan, check, estimate, print; write nothing.")]
 DType = Annotated[
@@ -27,6 +30,7 @@ Threads = Annotated[int | None, typer.Option("--threads", min=1, max=256, help="
 MemoryLimit = Annotated[
     str | None, typer.Option("--memory-limit", help="e.g. 2GB [min(cgroup, 80 % of free RAM)].")
 ]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of random methods; recorded.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Never touch the network.")]
 Weights = Annotated[
@@ -37,6 +41,11 @@ IgnoreUnlisted = Annotated[
     typer.Option("--ignore-unlisted", help="Leave out tensors a shard holds but its index does not list."),
 ]
 ConfigFile = Annotated[str | None, typer.Option("--config", help="config.json for a bare .safetensors file.")]
+Strict = Annotated[bool, typer.Option("--strict", help="Warnings are errors.")]
+ExpertRecord = Annotated[
+    str | None,
+    typer.Option("--expert-record", help="YAML that says where experts lie, for a family without a record."),
+]
 AllowNonfinite = Annotated[
     bool, typer.Option("--allow-nonfinite", help="Copy NaN and Inf where a tensor is only copied.")
 ]

@@ -15,9 +15,7 @@ from surgeon.errors import UsageError
 
 
 def prune(
-    model: Annotated[
-        str, typer.Argument(metavar="[MODEL]", help="Folder or hub id [the current folder].")
-    ] = ".",
+    model: o.ModelOrHere = ".",
     method: Annotated[
         str | None,
         typer.Option(
@@ -116,12 +114,7 @@ def prune(
     mtp: Annotated[
         str, typer.Option("--mtp", help="Experts of multi-token-prediction layers: copy-last, drop or error.")
     ] = "copy-last",
-    expert_record: Annotated[
-        str | None,
-        typer.Option(
-            "--expert-record", help="YAML that says where experts lie, for a family without a record."
-        ),
-    ] = None,
+    expert_record: o.ExpertRecord = None,
     from_report: Annotated[
         str | None,
         typer.Option("--from-report", help="Cut as an earlier result did: its pruning.json or folder."),
@@ -176,10 +169,7 @@ def prune(
         int | None,
         typer.Option("--sequence-length", min=2, help="Tokens of a sample at most [2048; easy-ep: 16384]."),
     ] = None,
-    calibration_dtype: Annotated[
-        str,
-        typer.Option("--calibration-dtype", help="Precision of calibration: float32, bfloat16, float16."),
-    ] = "float32",
+    calibration_dtype: c.Precision = "float32",
     distill: Annotated[
         bool, typer.Option("--distill", help="Train each member on the source's outputs (gradual pruning).")
     ] = False,
@@ -203,7 +193,7 @@ def prune(
     dry_run: o.DryRun = False,
     dtype: o.DType = None,
     max_shard_size: o.ShardSize = "5GB",
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: o.Device = "auto",
     threads: o.Threads = None,
     memory_limit: o.MemoryLimit = None,
     seed: o.Seed = 0,

@@ -15,9 +15,7 @@ from surgeon.errors import UsageError
 
 
 def quantize(
-    model: Annotated[
-        str, typer.Argument(metavar="[MODEL]", help="Folder or hub id [the current folder].")
-    ] = ".",
+    model: o.ModelOrHere = ".",
     scheme: Annotated[
         list[str] | None,
         typer.Option(
@@ -132,16 +130,14 @@ def quantize(
     sequence_length: Annotated[
         int, typer.Option("--sequence-length", min=2, help="Tokens of a sample at most.")
     ] = 2048,
-    calibration_dtype: Annotated[
-        str, typer.Option("--calibration-dtype", help="Precision of calibration: float32, bfloat16, float16.")
-    ] = "float32",
+    calibration_dtype: c.Precision = "float32",
     output: o.OutputPath = None,
     overwrite: o.Overwrite = False,
     resume: o.Resume = True,
     dry_run: o.DryRun = False,
     dtype: o.DType = None,
     max_shard_size: o.ShardSize = "5GB",
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: o.Device = "auto",
     threads: o.Threads = None,
     memory_limit: o.MemoryLimit = None,
     seed: o.Seed = 0,
@@ -168,23 +164,26 @@ def quantize(
     def work() -> dict[str, Any]:
         from surgeon import api
 
+        options: dict[str, Any] = dict(
+            scheme=tuple(scheme or ()), target_bits=target_bits,
+            target_size=o.byte_size(target_size, "--target-size"), target_kl=target_kl, plan=plan,
+            bits=_widths(bits), method=method, group_size=group_size, symmetric=symmetric, format=format_,
+            runtime=runtime, tensor_parallel=tensor_parallel, double_quant=double_quant,
+            ignore=None if ignore is None else tuple(ignore), sensitivity=sensitivity,
+            sensitivities=sensitivities, allocation=allocation, granularity=granularity, scope=scope,
+            must_appear=_widths(must_appear), drop_experts=drop_experts, order=order, damp=damp, clip=clip, true_sequential=true_sequential,
+            target_shift=target_shift, calibration=tuple(calibration or ()), samples=samples,
+            sequence_length=sequence_length, calibration_dtype=calibration_dtype, dtype=dtype,
+            max_shard_size=o.byte_size(max_shard_size, "--max-shard-size"), device=device, threads=threads,
+            memory_limit=o.byte_size(memory_limit, "--memory-limit"), seed=seed, work=work_folder,
+            dequantize=dequantize, offline=offline,
+        )  # fmt: skip
         bar = Stages(out)
         with stop_on_signals(out) as (stop, _):
             try:
                 document = api.quantize(
                     model, output, overwrite=overwrite, resume=resume, dry_run=dry_run, progress=bar.tell,
-                    say=out.note, stop=stop, scheme=tuple(scheme or ()), target_bits=target_bits,
-                    target_size=o.byte_size(target_size, "--target-size"), target_kl=target_kl, plan=plan,
-                    bits=_widths(bits), method=method, group_size=group_size, symmetric=symmetric, format=format_,
-                    runtime=runtime, tensor_parallel=tensor_parallel, double_quant=double_quant,
-                    ignore=None if ignore is None else tuple(ignore), sensitivity=sensitivity,
-                    sensitivities=sensitivities, allocation=allocation, granularity=granularity, scope=scope,
-                    must_appear=_widths(must_appear), drop_experts=drop_experts, order=order, damp=damp, clip=clip, true_sequential=true_sequential,
-                    target_shift=target_shift, calibration=tuple(calibration or ()), samples=samples,
-                    sequence_length=sequence_length, calibration_dtype=calibration_dtype, dtype=dtype,
-                    max_shard_size=o.byte_size(max_shard_size, "--max-shard-size"), device=device, threads=threads,
-                    memory_limit=o.byte_size(memory_limit, "--memory-limit"), seed=seed, work=work_folder,
-                    dequantize=dequantize, offline=offline,
+                    say=out.note, stop=stop, **options
                 )  # fmt: skip
             finally:
                 bar.close()

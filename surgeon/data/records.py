@@ -198,8 +198,9 @@ def _compressed(path: Path, suffix: str) -> InputError:
 
 
 def _no_records(path: Path) -> InputError:
+    kind = "a text file is one record" if path.suffix == ".txt" else "a record is one JSON object per line"
     return InputError("E372", f"{printable(path.name)} has no records", where=Where(str(path)),
-                      help="the file is empty; a record is one JSON object per line")  # fmt: skip
+                      help=f"nothing but white space is in it; {kind}")  # fmt: skip
 
 
 def _read_file(path: Path, label: str, kind: str, limit: int) -> tuple[list[Record], str]:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from surgeon.errors import UsageError
+from surgeon.errors import UsageError, wrong_options
 
 SUMMARIES = {
     "thinkedit": "takes the short-thinking direction out of the heads that write it: the model thinks longer",
@@ -182,12 +182,6 @@ def build(**values: Any) -> EditRequest:
     try:
         return EditRequest(**{k: v for k, v in values.items() if v is not None}).checked()
     except ValidationError as error:
-        findings = []
-        for e in error.errors():
-            name = f"--{str(e['loc'][0]).replace('_', '-')}" if e["loc"] else "request"
-            message = f"{name} is {e.get('input')!r}: {e['msg'][:1].lower()}{e['msg'][1:]}"
-            findings.append(
-                UsageError("E296", message, help='"surgeon edit --help" says what each option takes')
-            )
-        findings[0].others = tuple(findings[1:])
-        raise findings[0] from None
+        raise wrong_options(
+            error.errors(), code="E296", verb="edit", known=EditRequest.model_fields
+        ) from None

@@ -167,5 +167,7 @@ def _reply_file(request: EvalRequest, role: str, run: dict[str, Any]) -> Iterato
             file.close()
     except OSError as error:
         raise EnvironmentFault(
-            "E502", f"cannot write {printable(str(path))}: {error.strerror or error}"
+            "E502",
+            f"cannot write {printable(str(path))}: {error.strerror or error}",
+            help="give a folder this user can write, with free space",
         ) from error

@@ -244,7 +244,9 @@ def failures(results: Iterable[Mapping[str, Any]]) -> list[CheckFailed]:
         else:
             found.append(
                 CheckFailed(
-                    "E401", f'gate "{printable(gate["text"])}" failed: {value:.6g}, threshold {threshold:.6g}'
+                    "E401",
+                    f'gate "{printable(gate["text"])}" failed: {value:.6g}, threshold {threshold:.6g}',
+                    help="change the model, or the gate where this value will do",
                 )
             )
     return found

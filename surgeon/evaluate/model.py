@@ -91,7 +91,8 @@ def find(reference: str, *, offline: bool = False) -> Located:
     try:
         found = locate(text, revision, offline=offline)
     except OSError as error:
-        raise EnvironmentFault("E502", f"cannot read {printable(text)}: {error.strerror or error}") from error
+        raise EnvironmentFault("E502", f"cannot read {printable(text)}: {error.strerror or error}",
+                               help="give a path that this user can read") from error  # fmt: skip
     require(found.path)
     return found
 
@@ -274,7 +275,8 @@ def load(described: Described, *, device: str, dtype: str, template: bool = True
         raise EnvironmentFault("E513", f"{described.name} does not fit into the memory of {device}",
                                help="--device cpu, or a machine with more memory") from None  # fmt: skip
     except ImportError as error:
-        raise EnvironmentFault("E512", f"the model cannot be loaded here: {one_line(error)}") from error
+        raise EnvironmentFault("E512", f"the model cannot be loaded here: {one_line(error)}",
+                               help="install the package that the message names") from error  # fmt: skip
     except Exception as error:
         own_code = "trust_remote_code" in str(error)
         raise InputError("E392", "the model needs its own code, which is not run" if own_code else

@@ -170,12 +170,16 @@ def _bad(record: Record, message: str, help: str | None = None, code: str = "E39
     return InputError(code, message, where=record.where, help=help)
 
 
+def _shown(value: Any) -> str:
+    return printable(json.dumps(value, ensure_ascii=False))[:60]
+
+
 def _text(record: Record, field: str) -> str:
     value = record.values.get(field)
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise _bad(record, f'"{field}" is not a text')
+        raise _bad(record, f'"{field}" is {_shown(value)}, not a text', "put it in double quotes")
     return value
 
 
@@ -191,23 +195,25 @@ def _messages(record: Record) -> tuple[tuple[str, str], ...]:
     else:
         text = _text(record, given[0])
         if not text.strip():
-            raise _bad(record, f'"{given[0]}" is empty')
+            raise _bad(record, f'"{given[0]}" is empty', "remove the record, or write the question")
         messages = (("user", text),)
     system = _text(record, "system")
     if system and messages[0][0] == "system":
-        raise _bad(record, 'the record has "system" and a system message')
+        raise _bad(record, 'the record has "system" and a system message', "keep one of the two")
     return (("system", system), *messages) if system else messages
 
 
 def _turns(record: Record, turns: Any) -> tuple[tuple[str, str], ...]:
     if not isinstance(turns, list) or not turns:
-        raise _bad(record, '"messages" is not a list of messages')
+        raise _bad(record, f'"messages" is {_shown(turns)}, not a list of messages',
+                   '"messages": [{"role": "user", "content": "..."}]')  # fmt: skip
     found = []
     for i, turn in enumerate(turns, 1):
         role = turn.get("role") if isinstance(turn, dict) else None
         content = turn.get("content") if isinstance(turn, dict) else None
         if role not in _ROLES or not isinstance(content, str):
-            raise _bad(record, f"message {i} needs a role ({', '.join(_ROLES)}) and a text as content")
+            raise _bad(record, f"message {i} is {_shown(turn)}, without a known role or a text as content",
+                       f'{{"role": ..., "content": "text"}}; roles are {", ".join(_ROLES)}')  # fmt: skip
         found.append((role, content))
     if found[-1][0] != "user":
         raise _bad(record, f"the last message is the {found[-1][0]}'s; the model has nothing to answer",
@@ -229,13 +235,18 @@ def _rule(record: Record, default: tuple[str | None, re.Pattern[str] | None]) ->
         pattern = _compiled(record, _text(record, "pattern"))
         match = match if values.get("match") is not None else "regex"
         if match != "regex":
-            raise _bad(record, f'"pattern" goes with the match rule regex, not {match}')
+            raise _bad(record, f'"pattern" goes with the match rule regex, not {match}',
+                       '"match": "regex", or leave out "pattern"')  # fmt: skip
     tolerance = values.get("tolerance", matching.TOLERANCE)
     if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or tolerance < 0:
         raise _bad(record, '"tolerance" is not a number of 0 or more', "relative: 0.01 accepts 1 % off")
     ignore_case = values.get("ignore_case", False)
     if not isinstance(ignore_case, bool):
-        raise _bad(record, '"ignore_case" is neither true nor false')
+        raise _bad(
+            record,
+            f'"ignore_case" is {_shown(ignore_case)}, neither true nor false',
+            "true or false, without quotes",
+        )
     parsed = [matching.number_of(text) for text in accepted]
     numeric = tuple(p for p in parsed if p is not None)
     if match is None:
@@ -256,7 +267,8 @@ def _compiled(record: Record, pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
     except re.error as error:
-        raise _bad(record, f"{printable(json.dumps(pattern))[:60]} is not a regular expression: {error}", code="E391") from None  # fmt: skip
+        raise _bad(record, f"{printable(json.dumps(pattern))[:60]} is not a regular expression: {error}",
+                   'signs that mean themselves take a backslash, in JSON two: "\\\\$5"; "match": "exact" compares texts', "E391") from None  # fmt: skip
 
 
 def _accepted(record: Record) -> tuple[str, ...]:
@@ -268,10 +280,11 @@ def _accepted(record: Record) -> tuple[str, ...]:
     texts = []
     for value in answer if isinstance(answer, list) else [answer]:
         if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-            raise _bad(record, '"answer" is neither a text nor a number nor a list of these')
+            raise _bad(record, f'"answer" is {_shown(answer)}, neither a text nor a number nor a list of these',
+                       '"answer": "42", or every text that counts as right: ["42", "forty-two"]')  # fmt: skip
         text = value if isinstance(value, str) else repr(value)
         # The answers of GSM8K are worked solutions; the result stands after the last "####".
         texts.append(text.rpartition("####")[2].strip() if isinstance(value, str) else text)
     if not texts or not all(t.strip() for t in texts):
-        raise _bad(record, '"answer" is empty')
+        raise _bad(record, '"answer" is empty', "give the known answer, or remove the record")
     return tuple(texts)

@@ -139,7 +139,8 @@ class TraceWriter:
         self._current = batch.layer
         if batch.index.shape[1] != self._about["top_k"]:
             raise InputError("E406", f"layer {batch.layer} routes to {batch.index.shape[1]} experts, "
-                             f"config.json says {self._about['top_k']}")  # fmt: skip
+                             f"config.json says {self._about['top_k']}",
+                             help="the number of experts a token goes to must be the one the model was trained with: restore config.json")  # fmt: skip
         named = {
             "ids": ("<u2", batch.index),
             "weights": ("<f4", batch.weights),

@@ -21,7 +21,7 @@ from surgeon.deploy.build import load
 from surgeon.errors import EnvironmentFault
 from surgeon.measure.conditions import Conditions
 from surgeon.measure.environment import Environment
-from surgeon.measure.models import HEADROOM, attention_of
+from surgeon.measure.models import HEADROOM, attention_of, set_attention
 from surgeon.measure.runner import Runner, is_decoder
 from surgeon.measure.timing import Estimate, median, paired
 from surgeon.measure.workload import Workload
@@ -185,8 +185,7 @@ def speed(
 def open_model(folder: Path, dtype: str, conditions: Conditions) -> nn.Module:
     """Load a model where the conditions want it."""
     model: Any = load(folder, dtype=getattr(torch, dtype), device=conditions.place)
-    if conditions.attention is not None:
-        model.set_attn_implementation(conditions.attention)
+    set_attention(model, conditions)
     return model
 
 

@@ -65,7 +65,7 @@ class Levels:
             elif attention == "heads":
                 heads = [(h * full.groups, full.groups if h else 0) for h in _spread(each, 1)]
             else:
-                raise UsageError("E284", f'attention is cut by "groups" or "heads", not "{attention}"')
+                raise UsageError("E284", f'attention is cut by "groups" or "heads", not "{attention}"', help="attention=\"groups\" cuts key/value heads with their query heads, \"heads\" query heads alone")  # fmt: skip
         return cls(tuple(heads), tuple(_spread(full.ffn, multiple)) if ffn and full.ffn else ())
 
 

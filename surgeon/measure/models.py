@@ -18,6 +18,7 @@ from surgeon.errors import EnvironmentFault, UsageError
 from surgeon.measure.conditions import Conditions
 from surgeon.measure.runner import Runner
 from surgeon.measure.workload import Workload
+from surgeon.scalars import show
 from surgeon.structure.config import pruned_config
 from surgeon.structure.cut import Cut, LayerCut, LayerShape
 from surgeon.structure.parts import Structure
@@ -163,8 +164,7 @@ def random_model(
     try:
         with no_init_weights():
             model = cast(Any, build(config, dtype=dtype, device=conditions.place))
-        if conditions.attention is not None:
-            model.set_attn_implementation(conditions.attention)
+        set_attention(model, conditions)
         shared: set[int] = set()
         if donor is not None:
             model.set_input_embeddings(donor.get_input_embeddings())
@@ -196,6 +196,24 @@ def _fill(model: nn.Module, skip: set[int]) -> None:
         for start in range(0, flat.numel(), _TILE):
             part = flat[start : start + _TILE]
             part.copy_(tile[: part.numel()])
+
+
+def set_attention(model: Any, conditions: Conditions) -> None:
+    """Make a model compute attention the way that was asked for.
+
+    Raises:
+        UsageError: E281 its class has no such way. EnvironmentFault: E512 a package is missing for it.
+    """
+    if conditions.attention is None:
+        return
+    try:
+        model.set_attn_implementation(conditions.attention)
+    except ValueError as error:
+        raise UsageError("E281", f"--attention is {show(conditions.attention)}, which {type(model).__name__} does not have",
+                         help="eager, sdpa, or leave it out") from error  # fmt: skip
+    except ImportError as error:
+        raise EnvironmentFault("E512", f"--attention {conditions.attention} needs a package that is not installed",
+                               help="install it, or use eager or sdpa") from error  # fmt: skip
 
 
 def attention_of(model: Any) -> str:

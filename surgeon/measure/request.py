@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from surgeon.errors import UsageError
+from surgeon.errors import UsageError, wrong_options
 from surgeon.measure.conditions import PRECISION, Conditions
 
 
@@ -83,12 +83,6 @@ def build(**values: Any) -> MeasureRequest:
     try:
         return MeasureRequest(**{k: v for k, v in values.items() if v is not None})
     except ValidationError as error:
-        findings = []
-        for e in error.errors():
-            name = f"--{str(e['loc'][0]).replace('_', '-')}" if e["loc"] else "request"
-            message = f"{name} is {e.get('input')!r}: {e['msg'][:1].lower()}{e['msg'][1:]}"
-            findings.append(
-                UsageError("E281", message, help='"surgeon measure --help" says what each option takes')
-            )
-        findings[0].others = tuple(findings[1:])
-        raise findings[0] from None
+        raise wrong_options(
+            error.errors(), code="E281", verb="measure", known=MeasureRequest.model_fields
+        ) from None

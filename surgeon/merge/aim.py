@@ -296,7 +296,9 @@ def damping(
     check_omega(omega)
     if statistics.kind != "mean_absolute":
         raise InputError(
-            "E355", f"aim needs mean_absolute statistics, these are {printable(statistics.kind)}"
+            "E355",
+            f"aim needs mean_absolute statistics, these are {printable(statistics.kind)}",
+            help="leave the file out and they are measured on the base",
         )
     head = head_name(tensors)
     weights = [w for w in _weights(tensors, config) if not (tied and w.name == head)]

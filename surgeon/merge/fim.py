@@ -38,7 +38,7 @@ import numpy as np
 from surgeon import architectures
 from surgeon.checkpoint.dtypes import DTYPES
 from surgeon.checkpoint.header import printable
-from surgeon.errors import InputError, Interrupted, UsageError, Where, close_matches
+from surgeon.errors import InputError, Interrupted, UsageError, Where
 from surgeon.kernels.cast import widen
 from surgeon.merge.layer_groups import (
     Group,
@@ -92,8 +92,7 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.sensitive not in SENSITIVE:
-            raise UsageError("E233", f"sensitive is {show(self.sensitive)}, not one of {', '.join(SENSITIVE)}",
-                             help=close_matches(str(self.sensitive), SENSITIVE))  # fmt: skip
+            raise UsageError("E233", f"unknown sensitive {show(self.sensitive)}", help=f"use {' or '.join(SENSITIVE)}")  # fmt: skip
         if self.sequences < 1 or self.length < 2:
             raise UsageError("E233", f"{self.sequences} sequences of {self.length} tokens measure nothing",
                              help="at least one sequence of two tokens is needed")  # fmt: skip
@@ -104,7 +103,8 @@ class Options:
         }
         for name, value in numbers.items():
             if not math.isfinite(value) or value < 0 or (name != "gate" and value == 0):
-                raise UsageError("E233", f"{name} is {show(value)}, not a positive number")
+                raise UsageError("E233", f"{name} is {show(value)}, not a positive number",
+                                 help="a finite number above 0" if name != "gate" else "a finite number from 0 up")  # fmt: skip
 
 
 def random_tokens(vocabulary: int, seed: int, sequences: int = SEQUENCES, length: int = LENGTH) -> np.ndarray:

@@ -81,7 +81,9 @@ def merge_states(
     plan = assemble(planned, {key: OutputModel(key, None) for key in points}, {"verb": "merge"})
     for text in plan.warnings:
         if request.strict:
-            raise UsageError("E220", f"strict: {text}")
+            raise UsageError(
+                "E220", f"strict: {text}", help="change what the warning names, or leave out strict"
+            )
         warnings.warn(text, stacklevel=3)
     first = next(iter(states.values()))
     values = list(first.values())

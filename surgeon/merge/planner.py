@@ -619,9 +619,8 @@ class _Builder:
         """A tensor that some models lack: copied where that is defined, else refused."""
         lacking = ", ".join(self.opened[r].label for r in absent)
         if not infos:
-            raise InputError(
-                "E341", f"{printable(name)} is missing in {lacking}", where=Where(tensor=printable(name))
-            )
+            raise InputError("E341", f"{printable(name)} is missing in {lacking}", where=Where(tensor=printable(name)),
+                             help="no input holds it, so the merge cannot: surgeon verify names what an input lacks")  # fmt: skip
         expected = self.optional.get(name)
         known = expected is not None and not expected.optional
         bare = self.config is None
@@ -742,14 +741,19 @@ class _Builder:
         given = len(refs)
         if self.method.base == "required" and base is None:
             raise UsageError(
-                "E205", f"{self.method.name} needs base_model", where=Where(tensor=printable(name))
+                "E205",
+                f"{self.method.name} needs base_model",
+                where=Where(tensor=printable(name)),
+                help="--base MODEL, or base_model: MODEL in the YAML: the model that the others were trained from",
             )
         if self.method.base == "optional" and base is None and most is not None:
             most -= 1
         if given < least or (most is not None and given > most):
             span = f"{least}" if least == most else f"{least} to {most}" if most else f"at least {least}"
             raise UsageError(
-                "E205", f"{self.method.name} takes {span} models, {given} are given for {printable(name)}"
+                "E205",
+                f"{self.method.name} takes {span} models, {given} are given for {printable(name)}",
+                help='"surgeon methods merge" says how many models each method takes',
             )
 
     def _check_values(

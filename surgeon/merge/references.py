@@ -104,7 +104,10 @@ def _split(text: str, sign: str, what: str, where: Where | None) -> tuple[str, s
     left, right = text[:cut], text[cut + 1 :]
     if not left or not right:
         raise UsageError(
-            "E204", f'{show(text)} has nothing {"before" if not left else "after"} the "{sign}"', where=where
+            "E204",
+            f'{show(text)} has nothing {"before" if not left else "after"} the "{sign}"',
+            where=where,
+            help="MODEL+ADAPTER, or MODEL@REVISION",
         )
     return left, right
 
@@ -113,7 +116,8 @@ def _hub_address(text: str, where: Where | None) -> tuple[str, str | None, str |
     """Split `hf://org/name[@revision][/folder]`."""
     parts = text.removeprefix("hf://").split("/", 2)
     if len(parts) < 2 or not all(parts[:2]):
-        raise UsageError("E204", f"{show(text)} is not hf://ORG/NAME[@REVISION][/FOLDER]", where=where)
+        raise UsageError("E204", f"{show(text)} is not hf://ORG/NAME[@REVISION][/FOLDER]", where=where,
+                         help="for example hf://org/name@main/folder")  # fmt: skip
     owner, name = parts[:2]
     rest = parts[2] if len(parts) == 3 else ""
     name, at, revision = name.partition("@")
@@ -121,5 +125,6 @@ def _hub_address(text: str, where: Where | None) -> tuple[str, str | None, str |
         return f"{owner}/{name}", None, rest.strip("/") or None
     match = _HUB_REVISION.fullmatch(f"{revision}/{rest}" if rest else revision)
     if match is None or not name:
-        raise UsageError("E204", f'{show(text)} has nothing on one side of the "@"', where=where)
+        raise UsageError("E204", f'{show(text)} has nothing on one side of the "@"', where=where,
+                         help="hf://ORG/NAME@REVISION, a branch, tag or commit")  # fmt: skip
     return f"{owner}/{name}", match[1], (match[2] or "").strip("/") or None

@@ -192,11 +192,17 @@ def _check_count(method: Method, count: int, base: ModelRef | None) -> None:
     least, most = method.models
     name = method.name.replace("_", "-")
     if count < least:
-        raise UsageError("E205", f"{name} needs at least {least} models, {count} given")
+        raise UsageError("E205", f"{name} needs at least {least} models, {count} given",
+                         help="name every model in one command; the base counts as well" if base is None else "name every model in one command")  # fmt: skip
     if most is not None and count > most:
         what = f"exactly {most}" if least == most else f"at most {most}"
         extra = ", the base included" if base is not None else ""
-        raise UsageError("E205", f"{name} takes {what} models{extra}, {count} given")
+        raise UsageError("E205", f"{name} takes {what} models{extra}, {count} given",
+                         help="merge in several steps, or use a method for any number: linear, ties, task-arithmetic")  # fmt: skip
+
+
+def _values(count: int) -> str:
+    return "1 value" if count == 1 else f"{count} values"
 
 
 def _default(parameter: Parameter) -> Any:
@@ -227,12 +233,12 @@ def _per_model(
             continue
         if name == "weight" and len(values) != len(others):
             raise UsageError(
-                "E207", f"--weight has {len(values)} values for {len(others)} models",
+                "E207", f"--weight has {_values(len(values))} for {len(others)} models",
                 help="one for each model in order" + (" (the base has none)" if len(others) < len(request.models) or
                                                        request.base else ""),
             )  # fmt: skip
         if len(values) not in {1, len(others)}:
-            raise UsageError("E207", f"--{name} has {len(values)} values for {len(others)} models",
+            raise UsageError("E207", f"--{name} has {_values(len(values))} for {len(others)} models",
                              help="one for all, or one for each model in order")  # fmt: skip
         for model, value in zip(others, values if len(values) > 1 else values * len(others), strict=True):
             parameter.check(value, method.name)

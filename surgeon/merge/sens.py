@@ -31,7 +31,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from surgeon.errors import InputError, UsageError, close_matches
+from surgeon.errors import InputError, UsageError
 from surgeon.merge.layer_groups import (
     Group,
     MeasuredScores,
@@ -59,11 +59,13 @@ def check(temperature: float, transfer: str) -> None:
     """Raise E232 for settings that mean nothing."""
     if not (isinstance(temperature, (int, float)) and math.isfinite(temperature) and temperature > 0):
         raise UsageError(
-            "E232", f"the temperature of Sens-Merging is {show(temperature)}, not a positive number"
+            "E232",
+            f"the temperature of Sens-Merging is {show(temperature)}, not a positive number",
+            help="the paper uses 2 for models of 7B, 3 for 1.5B, 6 for 14B",
         )
     if transfer not in TRANSFER:
-        raise UsageError("E232", f"transfer is {show(transfer)}, not one of {', '.join(TRANSFER)}",
-                         help=close_matches(str(transfer), TRANSFER))  # fmt: skip
+        raise UsageError("E232", f"unknown transfer {show(transfer)}",
+                         help=f"use {' or '.join(TRANSFER)}")  # fmt: skip
 
 
 def normalised(sensitivity: Mapping[Group, float]) -> dict[Group, float]:
@@ -167,7 +169,11 @@ def measure(
     check(temperature, transfer)
     names = list(models)
     if len(names) < 2:
-        raise UsageError("E232", f"Sens-Merging compares models; {len(names)} was given")
+        raise UsageError(
+            "E232",
+            f"Sens-Merging compares models; {len(names)} was given",
+            help="give the two or more models that are merged",
+        )
     sensitivity, losses, distances = _passes(models, calibration, settings, progress, stop)
     taus = transfer_weights([distances[name] for name in names], transfer)
     alphas = [_with_tied_head(models[n], normalised(sensitivity[n]), models) for n in names]

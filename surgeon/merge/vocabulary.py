@@ -428,12 +428,14 @@ def _override_source(
         )
     model = _participant(participants, wanted.model, f'token "{shown}"')
     if not model.merged:
-        raise UsageError("E241", f'"{shown}" is to come from {model.label}, which is not merged')
+        raise UsageError("E241", f'"{shown}" is to come from {model.label}, which is not merged',
+                         help="merged are " + ", ".join(p.label for p in participants if p.merged))  # fmt: skip
     if wanted.kind == "model_token" and wanted.token_id is not None:
         if not 0 <= wanted.token_id < model.rows:
             raise UsageError(
                 "E241",
                 f'token_id {wanted.token_id} for "{shown}" is outside the {model.rows:,} rows of {model.label}',
+                help=f"a number from 0 to {model.rows - 1}",
             )
         return model.key, wanted.token_id
     name = wanted.token if wanted.kind == "model_token" and wanted.token is not None else token

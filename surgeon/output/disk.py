@@ -56,6 +56,19 @@ class Disk:
         while done < len(view):
             done += os.pwrite(descriptor, view[done:], offset + done)
 
+    def copy_file(self, source: Path, target: Path) -> None:
+        """Copy a file to a new one, piece by piece, and sync it."""
+        descriptor = self.create(target, source.stat().st_size)
+        try:
+            with open(source, "rb") as stream:
+                offset = 0
+                while piece := stream.read(8 << 20):
+                    self.write_at(descriptor, piece, offset)
+                    offset += len(piece)
+            self.sync(descriptor)
+        finally:
+            os.close(descriptor)
+
     def append(self, descriptor: int, data: bytes) -> None:
         self._step("append", descriptor)
         while data:

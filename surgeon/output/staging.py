@@ -566,16 +566,7 @@ def _move(disk: Disk, source: Path, target: Path) -> None:
     partial = target.with_name(target.name + ".part")
     if partial.exists():
         disk.remove(partial)
-    descriptor = disk.create(partial, source.stat().st_size)
-    try:
-        with open(source, "rb") as stream:
-            offset = 0
-            while piece := stream.read(8 << 20):
-                disk.write_at(descriptor, piece, offset)
-                offset += len(piece)
-        disk.sync(descriptor)
-    finally:
-        os.close(descriptor)
+    disk.copy_file(source, partial)
     disk.rename(partial, target)
     disk.remove(source)
 

@@ -72,6 +72,7 @@ def check(
         InputError: E316 the folder computes something else; E324 to E327 it does not load.
     """
     checkpoint = open_path(folder, str(folder))
+    tolerance = ROUNDED if rounded or settings.dtype != "float32" else EXACT
     try:
         needed = 5 * sum(info.elements for info in checkpoint.tensors.values())
         if needed < (settings.memory_limit or memory_budget()):
@@ -83,14 +84,37 @@ def check(
             found, strict = last_states(checkpoint, samples, settings), False
     finally:
         checkpoint.close()
+    return Written(folder, _difference(expected, found, tolerance, folder), strict)
+
+
+def check_unwritten(
+    checkpoint: Checkpoint, expected: Sequence[torch.Tensor], samples: Sequence[np.ndarray], settings: Settings, *, rounded: bool
+) -> float:  # fmt: skip
+    """Compare what a plan makes, rounded as it would be written, with the masked model's last states; as `check`.
+
+    Returns:
+        The largest relative difference.
+
+    Raises:
+        InputError: E316.
+    """
+    found = last_states(checkpoint, samples, settings)
+    tolerance = ROUNDED if rounded or settings.dtype != "float32" else EXACT
+    return _difference(expected, found, tolerance, Path(checkpoint.label))
+
+
+def _difference(
+    expected: Sequence[torch.Tensor], found: Sequence[torch.Tensor], tolerance: float, folder: Path
+) -> float:
+    """Return the largest relative difference of last states, refused above the tolerance (E316)."""
     difference = max(
         float((a.double() - b.double()).norm() / a.double().norm().clamp_min(1e-30))
         for a, b in zip(expected, found, strict=True)
     )
-    if not difference <= (ROUNDED if rounded or settings.dtype != "float32" else EXACT):
+    if not difference <= tolerance:
         raise InputError("E316", f"the model that was written computes something else than was planned: its last states differ by {difference:.2g}",
                          where=Where(str(folder)), help="this is a bug, or the disk changed the files; nothing was published")  # fmt: skip
-    return Written(folder, difference, strict)
+    return difference
 
 
 def _whole(folder: Path, samples: Sequence[np.ndarray], settings: Settings) -> list[torch.Tensor]:

@@ -97,7 +97,7 @@ class Database:
         if found is None:
             reasons = dict(self._inputs.structure.reasons)
             raise InputError("E316", f"layer {layer} has no ranking of {kind} by {mode}",
-                             where=Where(self._inputs.checkpoint.label), help=reasons.get(layer))  # fmt: skip
+                             where=Where(self._inputs.checkpoint.label), help=reasons.get(layer) or "rank it again, with this structure and mode")  # fmt: skip
         return found
 
     def context(self, layer: int, kind: str, mode: str) -> Context:
@@ -297,7 +297,7 @@ def build(
     modules = tuple(modules_of(structure, wanted, folder))
     if not modules:
         raise InputError("E317", f"{checkpoint.label} has nothing of " + " or ".join(structures) + " that can be cut",
-                         where=Where(checkpoint.label), help="; ".join(dict(structure.reasons).values()) or None)  # fmt: skip
+                         where=Where(checkpoint.label), help="; ".join(dict(structure.reasons).values()) or "surgeon inspect MODEL shows what it has; --structures chooses among heads, ffn, layers")  # fmt: skip
     inputs = Inputs(checkpoint, structure, samples, settings, folder, criterion, damp, seed, modules)
     return _Build(inputs, progress, stop).run()
 

@@ -33,6 +33,7 @@ from surgeon.prune.written import (
 )
 from surgeon.structure.check import shapes
 from surgeon.structure.cut import Cut
+from surgeon.system import physical_cores
 
 __all__ = [
     "KEPT_FILE",
@@ -257,13 +258,25 @@ def write_candidate(session: Session, member: Member) -> Path:
 def _compared(session: Session, member: Member) -> Member:
     """Write a candidate, read it back, and refuse it where it computes something else than it must."""
     cut = member.decision.cut
-    folder = write_candidate(session, member)
+    leaving = session.leaving
+    folder = write_candidate(session, member) if leaving is None else None
     probes = candidate.probes(session.texts.held_out)
     settings = replace(session.settings, dtype="float32", spill=None)
     expected = quality.last_states(
         reference_view(session, cut, member.solved, member.derived.view), probes, settings
     )
     rounded = candidate.sixteen_bit(session.source.checkpoint, session.request.dtype)
+    if leaving is not None:
+        plan, place = _plan(session, member.derived), session.work / "candidate"
+        with leaving.looked_at(
+            plan, place, session.request.threads or physical_cores(), session.stop
+        ) as view:
+            difference = candidate.check_unwritten(view, expected, probes, settings, rounded=rounded)
+        member.remarks.append(
+            f"compared unwritten with the masked model: last states differ by {difference:.1e}"
+        )
+        return member
+    assert folder is not None
     back = candidate.check(folder, expected, probes, settings, rounded=rounded)
     how = "loaded strictly and compared" if back.strict else "streamed back and compared"
     member.remarks.append(f"{how} with the masked model: last states differ by {back.difference:.1e}")

@@ -117,6 +117,8 @@ def disk_bytes(session: Session, targets: int) -> dict[str, int]:
     work = kept + stored + targets * solved
     if request.distill:
         work += targets * stored + 2 * 4 * 3 * elements  # trained stages; two states of the optimizer
+    if session.leaving is not None:  # neither a result nor a candidate
+        return {"results": 0, "work": work - stored}
     return {"results": targets * stored, "work": work}
 
 

@@ -115,7 +115,10 @@ class Inputs:
             if (module.part.layer, module.kind) == (layer, kind):
                 return module
         raise InputError(
-            "E316", f"layer {layer} has no ranking of {kind}", where=Where(self.checkpoint.label)
+            "E316",
+            f"layer {layer} has no ranking of {kind}",
+            where=Where(self.checkpoint.label),
+            help="--no-resume ranks again; report it if it happens again",
         )
 
     @cached_property

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from surgeon.errors import UsageError, close_matches
+from surgeon.errors import UsageError, close_matches, wrong_options
 
 METHODS = {
     "ziplm": "structured OBS: heads, FFN channels and layers, weights re-solved; to a speedup, size or share",
@@ -201,7 +201,7 @@ class PruneRequest(BaseModel):
         if len(given) != 1:
             said = ", ".join("--" + name.replace("_", "-") for name in given) or "none"
             raise UsageError("E266", f"pruning needs one kind of target, {said} given",
-                             help="--target-speedup 1.5, --target-params 3B, --target-size 6GB, --sparsity 0.25 or --keep-layers 24")  # fmt: skip
+                             help="one of --target-speedup 1.5, --target-params 3B, --target-size 6GB, --sparsity 0.25, --pattern 2:4 and --keep-layers 24")  # fmt: skip
         for value in self.target_speedup:
             if not 1 < value < 1000:
                 raise UsageError("E266", f"--target-speedup {value:g} is not above 1", help="1.5 makes the model take two thirds of the time")  # fmt: skip
@@ -301,8 +301,9 @@ def build(**values: Any) -> PruneRequest:
         if first["type"] == "extra_forbidden" and _of_experts(name):
             raise UsageError("E267", f"--{_dashed(name)} has no effect on {values.get('method') or 'ziplm'}",
                              help="it belongs to the methods for mixtures of experts: surgeon methods prune") from None  # fmt: skip
-        raise UsageError("E268", f"--{_dashed(name.split('.')[0])}: {first['msg'].lower()}",
-                         help=f"given: {_shown(str(first.get('input')))}") from None  # fmt: skip
+        raise wrong_options(
+            error.errors(), code="E268", verb="prune", known=PruneRequest.model_fields
+        ) from None
 
 
 def _dashed(name: str) -> str:

@@ -23,6 +23,7 @@ from surgeon.prune.session import Say, Session, Tell
 from surgeon.prune.written import kept_in
 from surgeon.structure.cut import Cut
 from surgeon.system import peak_memory, physical_cores
+from surgeon.unwritten.leaving import Leaving
 from surgeon.verify.static import verify_path
 
 
@@ -37,6 +38,7 @@ def prune(
     progress: Tell | None = None,
     say: Say | None = None,
     stop: threading.Event | None = None,
+    leaving: Leaving | None = None,
 ) -> dict[str, Any]:
     """Prune a model and publish the result; nothing is published unless every member was written and read back.
 
@@ -50,6 +52,7 @@ def prune(
         progress: (what, done, total).
         say: one sentence for the user.
         stop: set it to end early; nothing is published, and the same call goes on later.
+        leaving: leave the one member unwritten, for the next step alone; its work folder then stays.
 
     Returns:
         The document ``surgeon prune --json`` prints.
@@ -57,7 +60,8 @@ def prune(
     started = time.perf_counter()
     destination = destination.absolute()
     session = Session(
-        source, request, request.work_folder(destination), progress or (lambda *_: None), say or (lambda _: None), stop
+        source, request, request.work_folder(destination), progress or (lambda *_: None), say or (lambda _: None), stop,
+        leaving=leaving,
     )  # fmt: skip
     preflight.check_model(session)
     document = _document(session, destination)
@@ -80,14 +84,14 @@ def prune(
         plan = publication(session, found, [], session.warnings)
         forget_candidates(session.work)
         session.release()
-        outcome = execute(
+        outcome = (leaving or execute)(
             plan, destination, threads=request.threads or physical_cores(), overwrite=overwrite,
             memory_limit=request.memory_limit, resume=resume, stop=stop, input_paths=inputs,
             progress=lambda done, total: session.tell("writing", done, total),
         )  # fmt: skip
-        if not request.work:
+        if not request.work and leaving is None:
             shutil.rmtree(session.work, ignore_errors=True)
-    if not request.work:
+    if not request.work and leaving is None:
         with suppress(OSError):  # other things may lie there: steps of a recipe
             session.work.parent.rmdir()
     made = [member.document(outcome.models[key]) for key, member in found.items()]

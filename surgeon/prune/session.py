@@ -35,6 +35,7 @@ from surgeon.prune.true_loss import TrueLoss, Weights
 from surgeon.structure.cut import Cut, Kept
 from surgeon.structure.find import structure_of
 from surgeon.structure.parts import Structure
+from surgeon.unwritten.leaving import Leaving
 
 Tell = Callable[[str, int, int], None]
 Say = Callable[[str], None]
@@ -63,6 +64,7 @@ class Session:
         say: one sentence for the user.
         stop: set to end early.
         origin: the session of the dense model, where this one's source was itself cut from it.
+        leaving: where the result is left unwritten.
     """
 
     source: Source
@@ -73,6 +75,7 @@ class Session:
     stop: threading.Event | None = None
     origin: Session | None = None
     warnings: list[str] = field(default_factory=list)
+    leaving: Leaving | None = None
 
     @cached_property
     def structure(self) -> Structure:

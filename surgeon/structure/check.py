@@ -130,10 +130,22 @@ def _findings(cut: Cut, structure: Structure, allow_norm_approx: bool) -> list[S
 
 def _units(place: str, what: str, kept: Kept, count: int) -> list[SurgeonError]:
     if any(low >= high for low, high in pairwise(kept)):
-        return [UsageError("E260", f"{place} keeps {what} that are not in ascending order, or one twice")]
+        return [
+            UsageError(
+                "E260",
+                f"{place} keeps {what} that are not in ascending order, or one twice",
+                help="name each once, from low to high",
+            )
+        ]
     if kept and not 0 <= kept[0] <= kept[-1] < count:
         wrong = kept[0] if kept[0] < 0 else kept[-1]
-        return [UsageError("E260", f"{place} keeps {what} {wrong}, but there are 0 to {count - 1}")]
+        return [
+            UsageError(
+                "E260",
+                f"{place} keeps {what} {wrong}, but there are 0 to {count - 1}",
+                help="the cut was made for another model; choose it on this one",
+            )
+        ]
     return []
 
 

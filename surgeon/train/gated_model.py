@@ -53,7 +53,7 @@ class GatedModel:
             raise InputError(
                 "E414",
                 "the model has no structure to learn a threshold for",
-                help="; ".join(self.left_out) or None,
+                help="; ".join(self.left_out) or "surgeon inspect MODEL shows what it has",
             )
         if options.bypass_rank and not self.bypasses:
             raise UsageError(

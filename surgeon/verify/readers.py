@@ -59,6 +59,13 @@ AS_RUN = 0.8
 tenth away, routers that choose otherwise in 16 bits a quarter; outputs that have nothing in common are 1.4 apart."""
 
 _CODES = {"load": "E360", "generate": "E361", "tokenizer": "E362", "chat template": "E362", "against": "E363"}
+_FIXES = {
+    "load": "weights and config.json must belong together: surgeon verify MODEL names the tensors that differ",
+    "generate": "values that are not finite: surgeon verify MODEL --values; else compare generation_config.json with the original's",
+    "tokenizer": "copy the tokenizer's files from the original model",
+    "chat template": "copy the chat template from the original model",
+    "against": "models are compared that have one architecture and vocabulary",
+}  # fmt: skip
 _BUFFERS = (".inv_freq", ".masked_bias", ".position_ids", ".attn.bias", ".attention.bias")
 
 
@@ -393,9 +400,14 @@ def _reading(path: Path, answer: dict[str, Any], code: int) -> Reading:
         text = answer["unable"]
         absent = "not installed" in text or "requires" in text
         raise EnvironmentFault("E512" if absent else "E513", f"the model cannot be loaded here: {text}",
-                               help=INSTALL if absent else None)  # fmt: skip
+                               help=INSTALL if absent else "verify it on a machine where the model can be loaded; the static checks need no such machine")  # fmt: skip
     errors: list[SurgeonError] = [
-        InputError(_CODES.get(f["check"], "E364"), f["message"], where=Where(str(path)))
+        InputError(
+            _CODES.get(f["check"], "E364"),
+            f["message"],
+            where=Where(str(path)),
+            help=_FIXES[f["check"]] if f["check"] in _FIXES else _FIXES["load"],
+        )
         for f in answer["failures"]
     ]
     return Reading(answer["checks"], errors, answer["warnings"], answer.get("versions", {}), answer.get("dtype"), answer.get("precision"))  # fmt: skip

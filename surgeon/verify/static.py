@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from surgeon.architectures import conformance
-from surgeon.checkpoint.checkpoint import StoredCheckpoint, open_path
+from surgeon.checkpoint.checkpoint import Checkpoint, StoredCheckpoint, open_path
 from surgeon.checkpoint.dtypes import DTYPES
 from surgeon.checkpoint.header import open_regular, printable
 from surgeon.checkpoint.strict_json import read_bytes, read_json_object
@@ -107,9 +107,16 @@ def verify_model(
     raise_all(findings)
 
 
-def _config_findings(
-    checkpoint: StoredCheckpoint, report: Report, planned: bool = False
-) -> list[SurgeonError]:
+def verify_unwritten(checkpoint: Checkpoint) -> None:
+    """Compare the config of a model that is not written with its names, shapes and types.
+
+    Raises:
+        InputError: E343.
+    """
+    raise_all(_config_findings(checkpoint, Report(), planned=True))
+
+
+def _config_findings(checkpoint: Checkpoint, report: Report, planned: bool = False) -> list[SurgeonError]:
     """Compare config.json with the tensors; tensors that a plan carries along on purpose are no surprise.
 
     Of a quantized model, what config.json says of its modules first, then the plain model it stands for.

@@ -9,7 +9,7 @@ import forge
 import pytest
 from commands import run
 
-from surgeon.cli import doctor
+from surgeon.python import diagnosis as doctor
 from surgeon.verify import readers
 
 
@@ -37,7 +37,7 @@ def test_needed_versions_are_those_of_the_package():
     [("1.26.4", "1.26", True), ("2.13.0+cpu", "2.4", True), ("1.9", "1.26", False), ("unknown", "1", False)],
 )
 def test_versions_are_compared_as_numbers(found, least, enough):
-    assert (doctor._release(found) >= doctor._release(least)) is enough
+    assert (doctor.release(found) >= doctor.release(least)) is enough
 
 
 def abilities(capsys, *arguments) -> dict[str, bool]:
@@ -68,5 +68,5 @@ def test_a_model_that_cannot_be_read_is_refused(capsys, scratch):
 
 def test_a_cache_folder_that_cannot_be_written(monkeypatch, tmp_path):
     monkeypatch.setenv("NUMBA_CACHE_DIR", "/proc/nowhere")
-    assert doctor._writable(Path("/proc/nowhere")) is False
-    assert doctor._writable(tmp_path / "new" / "folder") is True
+    assert doctor.writable(Path("/proc/nowhere")) is False
+    assert doctor.writable(tmp_path / "new" / "folder") is True

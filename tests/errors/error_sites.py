@@ -37,7 +37,13 @@ RECORDERS = {"refuse": ("UsageError", 3), "_bad": ("InputError", 2), "_wrong": (
 PRINTED = {"E001": "SurgeonError", "E200": "UsageError"}
 """Codes that surgeon/cli writes itself, because there is no exception (a bug) or nothing is imported yet."""
 
-CHOSEN = {"E360": "InputError", "E361": "InputError", "E362": "InputError", "E483": "InputError"}
+CHOSEN = {
+    "E268": "UsageError",
+    "E360": "InputError",
+    "E361": "InputError",
+    "E362": "InputError",
+    "E483": "InputError",
+}
 """Codes that are picked from a table or by a condition before the exception is made."""
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef

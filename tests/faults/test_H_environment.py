@@ -18,8 +18,9 @@ sys.path[:0] = [str(MODELS), str(TESTS / "cli")]
 
 import commands  # noqa: E402
 
-from surgeon.cli import doctor, output  # noqa: E402
+from surgeon.cli import output  # noqa: E402
 from surgeon.evaluate import generate  # noqa: E402
+from surgeon.python import diagnosis as doctor  # noqa: E402
 
 
 @pytest.fixture

@@ -237,8 +237,8 @@ def test_group_limited_routing_keeps_equally_many_in_each_group(scratch, prune):
     ("arguments", "code", "said"),
     [
         (("--keep-experts", 1), 2, "every token uses 2"),
-        (("--keep-experts", 9), 2, "of 8 experts"),
-        (("--keep-experts", "1.5"), 2, "of 8 experts"),
+        (("--keep-experts", 9), 2, "a layer has 8"),
+        (("--keep-experts", "1.5"), 2, "a layer has 8"),
         (("--keep-experts", 4, "--sparsity", 0.5), 2, "one kind of target"),
         (("--method", "reap"), 2, "one kind of target"),
         (("--method", "reap", "--target-speedup", 1.5), 2, "--target-speedup has no effect"),

@@ -75,13 +75,13 @@ OPTIONS = [
     ("E267", {"sparsity": 0.5, "nested": True}, "--nested needs two or more targets"),
     ("E267", {"sparsity": (0.2, 0.5), "nested": True, "distill": True}, "no --distill"),
     ("E267", {"sparsity": (0.2, 0.5), "layout": "per-layer", "distill": True}, "--layout per-layer cannot take up"),
-    ("E268", {"sparsity": 0.5, "layout": "ragged"}, "--layout: input should be"),
-    ("E268", {"sparsity": 0.5, "structures": ("head",)}, "--structures: input should be"),
-    ("E268", {"sparsity": 0.5, "dtype": "int8"}, "--dtype: input should be"),
-    ("E268", {"sparsity": 0.5, "damp": 0}, "--damp: input should be greater than 0"),
-    ("E268", {"sparsity": 0.5, "damp": float("nan")}, "--damp: input should be"),
-    ("E268", {"target_speedup": 2, "tolerance": 0.9}, "--tolerance: input should be"),
-    ("E268", {"sparsity": 0.5, "colour": "red"}, "--colour: extra inputs are not permitted"),
+    ("E268", {"sparsity": 0.5, "layout": "ragged"}, '--layout is "ragged": input should be'),
+    ("E268", {"sparsity": 0.5, "structures": ("head",)}, '--structures is "head": input should be'),
+    ("E268", {"sparsity": 0.5, "dtype": "int8"}, '--dtype is "int8": input should be'),
+    ("E268", {"sparsity": 0.5, "damp": 0}, "--damp is 0: input should be greater than 0"),
+    ("E268", {"sparsity": 0.5, "damp": float("nan")}, "--damp is nan: input should be"),
+    ("E268", {"target_speedup": 2, "tolerance": 0.9}, "--tolerance is 0.9: input should be"),
+    ("E268", {"sparsity": 0.5, "colour": "red"}, "prune has no option --colour"),
 ]  # fmt: skip
 
 

@@ -597,4 +597,4 @@ def test_download_estimate_and_view_checks(scratch):
 
     save_file({name: torch.zeros(3, 3)}, scratch / "wrong.safetensors")
     with pytest.raises(ValueError, match="not F32"):
-        SparseView(checkpoint, [scratch / "wrong.safetensors"], "key")
+        SparseView(checkpoint, [scratch / "wrong.safetensors"])

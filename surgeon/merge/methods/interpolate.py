@@ -37,7 +37,8 @@ def bind(b: Binding) -> Operation:
         first, second = b.others
         return Combination(Fixed((t,)), (second,), first, b.work)
     if len(b.others) > 2:
-        raise UsageError("E213", f"interpolate: {len(b.others)} models need a weight each")
+        raise UsageError("E213", f"interpolate: {len(b.others)} models need a weight each",
+                         help="weight: N under each of them; t is for two models")  # fmt: skip
     shares = (t,) if len(b.others) == 1 else (1.0 - t, t)
     return Combination(Fixed(shares), b.others, b.base, b.work)
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from surgeon.errors import UsageError, close_matches
+from surgeon.errors import UsageError, close_matches, wrong_options
 from surgeon.prune.request import Target
 
 METHODS = {
@@ -220,7 +220,7 @@ def kept_of(text: str, experts: int) -> int:
     else:
         value = 0
     if not 1 <= value <= experts:
-        raise UsageError("E258", f'--keep-experts "{text[:40]}" of {experts} experts a layer',
+        raise UsageError("E258", f'--keep-experts is "{text[:40]}", and a layer has {experts}',
                          help=f"a count from 1 to {experts}, or a fraction such as 0.5 or 50%")  # fmt: skip
     return value
 
@@ -244,8 +244,9 @@ def build(**values: Any) -> ExpertRequest:
         name = str(first["loc"][0]) if first["loc"] else "request"
         if first["type"] == "extra_forbidden":
             raise UsageError("E258", f"{_option(name)} has no effect on experts", help="it belongs to dense models, or to --method depth") from None  # fmt: skip
-        raise UsageError("E258", f"{_option(name)}: {first['msg'].lower()}",
-                         help=f"given: {str(first.get('input'))[:60]}") from None  # fmt: skip
+        raise wrong_options(
+            error.errors(), code="E258", verb="prune", known=ExpertRequest.model_fields
+        ) from None
 
 
 def _places(texts: tuple[str, ...], option: str) -> dict[int, frozenset[int]]:

@@ -6,8 +6,8 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ from surgeon.structure.experts.cut import ExpertCut
 from surgeon.structure.experts.view import ExpertView
 from surgeon.system import memory_budget, peak_memory, physical_cores
 from surgeon.traits import quantized
+from surgeon.unwritten.leaving import Leaving
 from surgeon.verify.static import verify_path
 
 NOT_RUNNABLE = ("E375", "E380", "E381", "E382", "E445", "E446")
@@ -83,6 +84,7 @@ def prune(
     progress: Tell | None = None,
     say: Say | None = None,
     stop: threading.Event | None = None,
+    leaving: Leaving | None = None,
 ) -> dict[str, Any]:
     """Prune the experts of a model and publish the result; arguments and result as `surgeon.prune.run.prune`.
 
@@ -92,7 +94,8 @@ def prune(
     started = time.perf_counter()
     destination = destination.absolute()
     session = ExpertSession(
-        source, request, request.work_folder(destination), progress or (lambda *_: None), say or (lambda _: None), stop
+        source, request, request.work_folder(destination), progress or (lambda *_: None), say or (lambda _: None), stop,
+        leaving=leaving,
     )  # fmt: skip
     targets = request.targets or (None,)
     for target in targets:
@@ -123,9 +126,9 @@ def prune(
         only = next(iter(found.values()))
         if only.choice.deployable:
             outcome, plan_id = _write(session, found, destination, inputs, overwrite=overwrite, resume=resume)
-        if not request.work:
+        if not request.work and leaving is None:
             shutil.rmtree(session.work, ignore_errors=True)
-    if not request.work:
+    if not request.work and leaving is None:
         with suppress(OSError):  # other things may lie there: steps of a recipe
             session.work.parent.rmdir()
     made = [
@@ -144,7 +147,7 @@ def _write(
     """Write and publish all members; return what was done and the plan's id."""
     plan = _publication(session, members)
     shutil.rmtree(session.work / "candidate", ignore_errors=True)
-    outcome = execute(
+    outcome = (session.leaving or execute)(
         plan, destination, threads=session.request.threads or physical_cores(), overwrite=overwrite,
         memory_limit=session.request.memory_limit, resume=resume, stop=session.stop, input_paths=inputs,
         progress=lambda done, total: session.tell("writing", done, total),
@@ -228,18 +231,32 @@ def _compare(session: ExpertSession, member: Member) -> None:
     """Write a candidate, read it back, compare it with the masked source, measure quality."""
     choice, held_out = member.choice, session.texts.held_out
     session.tell("checking the result", 0, 1)
-    folder = candidate.write(
-        _plan(session, member.derived), session.work / "candidate", threads=session.request.threads,
-        memory_limit=session.request.memory_limit, stop=session.stop,
-    )  # fmt: skip
-    pruned = runnable(open_path(folder, str(folder)))
     probes = candidate.probes([ids for one in held_out.values() for ids in one])
-    member.remarks.append(_equal(session, choice, pruned, probes))
-    member.remarks += _loaded(session, folder, pruned, probes)
-    session.tell("measuring quality", 0, 1)
-    member.quality = quality.by_domain(
-        session.runnable, pruned, held_out, session.plain_settings, stop=session.stop
+    with _candidate(session, member) as checkpoint:
+        pruned = runnable(checkpoint)
+        member.remarks.append(_equal(session, choice, pruned, probes))
+        if session.leaving is None:
+            member.remarks += _loaded(session, session.work / "candidate", pruned, probes)
+        session.tell("measuring quality", 0, 1)
+        member.quality = quality.by_domain(
+            session.runnable, pruned, held_out, session.plain_settings, stop=session.stop
+        )
+
+
+@contextmanager
+def _candidate(session: ExpertSession, member: Member) -> Iterator[Checkpoint]:
+    """Give a member as it will be: written and read back, or, where it is left unwritten, computed as it is read."""
+    request, folder, plan = session.request, session.work / "candidate", _plan(session, member.derived)
+    if session.leaving is not None:
+        with session.leaving.looked_at(
+            plan, folder, request.threads or physical_cores(), session.stop
+        ) as view:
+            yield view
+        return
+    candidate.write(
+        plan, folder, threads=request.threads, memory_limit=request.memory_limit, stop=session.stop
     )
+    yield open_path(folder, str(folder))
 
 
 def _equal(session: ExpertSession, choice: Choice, pruned: Checkpoint, probes: Any) -> str:
@@ -448,6 +465,8 @@ def _supers(session: ExpertSession) -> list[dict[str, Any]]:
 def _disk_bytes(session: ExpertSession, targets: int) -> dict[str, int]:
     """Return the bytes a run needs at most: results; a candidate, activations between layers."""
     stored = sum(info.nbytes for info in session.checkpoint.tensors.values())
+    if session.leaving is not None:  # neither a result nor a candidate
+        stored = 0
     work = stored
     if session.needs_text:
         tokens = session.texts.record["statistics"]["tokens"]

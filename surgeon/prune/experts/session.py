@@ -29,6 +29,7 @@ from surgeon.formats.dequantized import runnable
 from surgeon.prune.experts.request import WITHOUT_TEXT, ExpertRequest
 from surgeon.structure.experts.find import experts_of
 from surgeon.structure.experts.parts import Experts
+from surgeon.unwritten.leaving import Leaving
 
 Tell = Callable[[str, int, int], None]
 Say = Callable[[str], None]
@@ -66,6 +67,7 @@ class ExpertSession:
         tell: progress, (what, done, total).
         say: one sentence for the user.
         stop: set to end early.
+        leaving: where the result is left unwritten.
     """
 
     source: Source
@@ -75,6 +77,7 @@ class ExpertSession:
     say: Say
     stop: threading.Event | None = None
     warnings: list[str] = field(default_factory=list)
+    leaving: Leaving | None = None
 
     # ---- the model ---------------------------------------------------------------------------------
 

@@ -130,7 +130,9 @@ def _check(sparsity: float | None, width: int | None, layout: str, scope: str) -
                              help=((close_matches(str(value), allowed) or "") + " one of: " + ", ".join(allowed)).strip())  # fmt: skip
     if (sparsity is None) == (width is None) or (width is not None and layout != "uniform"):
         raise UsageError(
-            "E245", "say how much goes once: a share of channels, or a width in the uniform layout"
+            "E245",
+            "say how much goes once: a share of channels, or a width in the uniform layout",
+            help="--sparsity 0.25 for a quarter of them",
         )
     if sparsity is not None and not 0 < sparsity < 1:
         raise UsageError(

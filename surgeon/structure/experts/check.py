@@ -152,10 +152,18 @@ def _ids(place: str, what: str, kept: tuple[int, ...], count: int) -> SurgeonErr
     if not kept:
         return UsageError("E243", f"{place} keeps no {what}", help="at least one must stay")
     if any(low >= high for low, high in pairwise(kept)):
-        return UsageError("E243", f"{place} keeps {what} that are not in ascending order, or one twice")
+        return UsageError(
+            "E243",
+            f"{place} keeps {what} that are not in ascending order, or one twice",
+            help="name each once, from low to high",
+        )
     if not 0 <= kept[0] <= kept[-1] < count:
         wrong = kept[0] if kept[0] < 0 else kept[-1]
-        return UsageError("E243", f"{place} keeps {what} {wrong}, but there are 0 to {count - 1}")
+        return UsageError(
+            "E243",
+            f"{place} keeps {what} {wrong}, but there are 0 to {count - 1}",
+            help="the cut was made for another model; choose it on this one",
+        )
     return None
 
 

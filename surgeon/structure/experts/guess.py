@@ -98,7 +98,8 @@ def propose(checkpoint: Checkpoint) -> tuple[ExpertRecord, list[str]]:
         return _Proposal(checkpoint, stacks).record()
     except ValidationError as error:  # names that no record can hold, such as some with braces
         raise InputError(
-            "E421", f"{checkpoint.label} names its tensors in a way no record can describe: {error.errors()[0]['msg']}"
+            "E421", f"{checkpoint.label} names its tensors in a way no record can describe: {error.errors()[0]['msg']}",
+            help="rename the tensors in the checkpoint: names of plain letters, digits, dots and underscores can be described",
         ) from error  # fmt: skip
 
 

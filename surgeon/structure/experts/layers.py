@@ -15,6 +15,11 @@ from surgeon.structure.experts.sizes import Sizes
 PLAIN = frozenset({"F64", "F32", "F16", "BF16"})
 """Types whose values are the weights themselves."""
 
+_INCOMPLETE = (
+    "a shard is missing, or config.json belongs to another model: surgeon verify MODEL shows what is missing"
+)
+_MIXED = "tensors or config.json come from another model: surgeon verify MODEL shows every disagreement"
+
 MATRICES: tuple[Role, ...] = ("gate", "up", "gate_up", "down")
 
 
@@ -68,7 +73,11 @@ class _Layer:
         if not candidates:
             some = next((pieces[0].name for pieces in self._names.pieces.values()), None)
             what = "has no tensors of experts" if some is None else "lacks tensors of experts"
-            self._wrong(f"layer {self._index} {what}: no storage of {self._record.family} is complete", some)
+            self._wrong(
+                f"layer {self._index} {what}: no storage of {self._record.family} is complete",
+                some,
+                help=_INCOMPLETE,
+            )
             return None
         # Two orientations under one name: the record lists both, the shapes of all tensors tell which.
         chosen = max(candidates, key=self._fitting)
@@ -118,7 +127,8 @@ class _Layer:
             without = sorted(numbers - has)
             if without:
                 self._wrong(
-                    f"layer {self._index}: the {role} projection of expert {_listed(without)} is missing"
+                    f"layer {self._index}: the {role} projection of expert {_listed(without)} is missing",
+                    help=_INCOMPLETE,
                 )
         return count
 
@@ -129,6 +139,7 @@ class _Layer:
             self._wrong(
                 f"layer {self._index}: stacked tensors hold different numbers of experts",
                 name,
+                help=_MIXED,
                 shape=self._info(name),
             )
             return 0
@@ -142,14 +153,17 @@ class _Layer:
             if not shape or set(shape) == {1}:
                 return None  # one number for all experts moves with none of them
             self._wrong(
-                "a companion of stacked experts has another number of experts", piece.name, shape=shape
+                "a companion of stacked experts has another number of experts",
+                piece.name,
+                help=_MIXED,
+                shape=shape,
             )
         if self._comparable(piece):
             expected = self._expected(piece, storage)
             if shape != expected:
                 self._wrong(
                     f"layer {self._index}: a tensor of experts has another shape than the configuration gives",
-                    piece.name, shape=shape, expected=expected,
+                    piece.name, help=_MIXED, shape=shape, expected=expected,
                 )  # fmt: skip
         order: Order = "plain"
         if fused and piece.role in ("gate_up", "gate_up_bias"):
@@ -204,13 +218,14 @@ class _Layer:
                         help="expected " + " or ".join(f"{names.prefix}{n}" for n in self._record.router.weight))  # fmt: skip
         for tensors, role, along, expected in roles:
             if len(tensors) > 1:
-                self._wrong(f"layer {self._index} stores its {role.replace('_', ' ')} twice", tensors[1])
+                self._wrong(f"layer {self._index} stores its {role.replace('_', ' ')} twice", tensors[1],
+                            help="one of the two names is left over: save the model again with the program that made it")  # fmt: skip
             for name in tensors[:1]:
                 shape = self._info(name)
                 if shape != expected:
                     self._wrong(
                         f"layer {self._index}: the {role.replace('_', ' ')} does not fit {count} experts", name,
-                        shape=shape, expected=expected,
+                        help=_MIXED, shape=shape, expected=expected,
                     )  # fmt: skip
                 found.append(ExpertTensor(name, role, None, along, None))
         return found

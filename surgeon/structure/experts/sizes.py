@@ -16,6 +16,7 @@ COUNT_KEYS = (
 )  # fmt: skip
 """Keys by which configurations of unknown families are recognised as mixtures of experts."""
 
+_RESTORE = "take config.json from the model as it was published"
 MOST_LAYERS = 100_000
 """More than any model has; a hostile number must not become a list of that length."""
 
@@ -105,7 +106,7 @@ def sizes_of(checkpoint: Checkpoint, record: ExpertRecord) -> Sizes:
         keys = " or ".join(record.counts.experts)
         raise InputError(
             "E422", f"{checkpoint.label}: config.json does not say how many experts there are ({keys})",
-            where=Where("config.json"),
+            where=Where("config.json"), help=_RESTORE,
         )  # fmt: skip
     reader = _Reader(checkpoint, record, config, section)
     counts = record.counts
@@ -225,5 +226,5 @@ class _Reader:
         )
 
 
-def _contradiction(checkpoint: Checkpoint, what: str, help: str | None = None) -> InputError:
+def _contradiction(checkpoint: Checkpoint, what: str, help: str = _RESTORE) -> InputError:
     return InputError("E422", f"{checkpoint.label}: {what}", where=Where("config.json"), help=help)
