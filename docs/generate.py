@@ -170,7 +170,7 @@ def methods() -> str:
 
 
 def _merge_method(method: Any) -> Iterator[str]:
-    from surgeon.cli.methods import describe
+    from surgeon.python.catalogue import describe
 
     found = describe(method)
     yield f"### {found['name']}"
