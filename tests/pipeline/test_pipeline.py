@@ -308,6 +308,7 @@ def test_a_sweep_publishes_the_points_that_pass(scratch, calls):
     assert again["unchanged"] and len(calls) == 3
 
 
+@pytest.mark.slow
 def test_the_baseline_of_a_sweep_is_measured_once(scratch, calls):
     texts(scratch)
     questions = scratch / "questions.jsonl"
