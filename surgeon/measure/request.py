@@ -18,8 +18,8 @@ class MeasureRequest(BaseModel):
 
     model: str
     baseline: str | None = None
-    mode: Literal["table", "decode", "prefill", "mix", "memory"] | None = None
-    workload: Literal["decode", "prefill", "mix"] | None = None
+    mode: Literal["table", "mix", "prefill", "decode", "memory"] | None = None
+    workload: Literal["mix", "prefill", "decode"] | None = None
     batch: int | None = Field(default=None, ge=1)
     context: int | None = Field(default=None, ge=1)
     generate: int | None = Field(default=None, ge=1)

@@ -213,8 +213,8 @@ class MeasureOptions(TypedDict, total=False):
     """Options of ``surgeon measure``; the fields of `surgeon.measure.request.MeasureRequest`."""
 
     baseline: PathLike | None
-    mode: Literal["table", "decode", "prefill", "mix", "memory"] | None
-    workload: Literal["decode", "prefill", "mix"] | None
+    mode: Literal["table", "mix", "prefill", "decode", "memory"] | None
+    workload: Literal["mix", "prefill", "decode"] | None
     batch: int | None
     context: int | None
     generate: int | None
