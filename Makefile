@@ -12,7 +12,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
 	touch $@
 
-# Merge a long and a short reasoner, verify the result, measure accuracy and answer length.
+# Merge a long and a short reasoner, verify, measure accuracy and answer length; then merge, prune and quantize by a recipe.
 demo: $(VENV)/.ready
 	$(BIN)/python benchmarks/long_to_short/run.py --output demo-output
 

@@ -5,8 +5,8 @@
 Runs the command line as a user would: a TIES merge of ``tests/models/long`` onto
 ``tests/models/short``, ``surgeon verify --load --generate``, the same merge with AIM on calibration
 text, and a sweep over density from one read of the inputs. Then ``surgeon eval`` puts the same held-out
-questions to every model, and ``surgeon report`` makes the table and the page. `methods.py` does this for
-every method.
+questions to every model, and ``surgeon report`` makes the table and the page. At the end a recipe merges, prunes and
+quantizes, and publishes what passes its gates. `methods.py` does the first part for every method.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from methods import MODELS, write_calibration, write_questions
+from methods import MODELS, ROOT, write_calibration, write_questions
 
 
 def surgeon(*arguments: object) -> None:
@@ -72,7 +72,10 @@ def main() -> None:
         results.append(result)
     surgeon("report", *results, "-o", out / "report.html", "--title", "Long to short on small trained models")
     surgeon("report", *results, "--format", "markdown")
-    print(f"\nThe page with the plot: {out / 'report.html'}")
+    recipe = ROOT / "recipes" / "pipelines" / "merge-prune-quantize.yaml"
+    surgeon("run", recipe, "-o", out / "small", "--set", f"models.long={long}", "--set", f"models.short={short}")
+    surgeon("verify", out / "small", "--load", "--generate")
+    print(f"\nThe page with the plot: {out / 'report.html'}; the run: {out / 'small.work' / 'report.html'}")
 
 
 if __name__ == "__main__":
