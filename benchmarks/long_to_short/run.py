@@ -4,9 +4,9 @@
 
 Runs the command line as a user would: a TIES merge of ``tests/models/long`` onto
 ``tests/models/short``, ``surgeon verify --load --generate``, the same merge with AIM on calibration
-text, and a sweep over density from one read of the inputs. Then ``surgeon eval`` puts the same held-out
-questions to every model, and ``surgeon report`` makes the table and the page. At the end a recipe merges, prunes and
-quantizes, and publishes what passes its gates. `methods.py` does the first part for every method.
+text, and a sweep over density from one read of the inputs. A recipe merges, prunes and quantizes, and publishes
+what passes its gates. Then ``surgeon eval`` puts the same held-out questions to every model, and ``surgeon report``
+makes the table and the page. `methods.py` does the merges for every method.
 """
 
 from __future__ import annotations
@@ -61,9 +61,14 @@ def main() -> None:
     surgeon(
         "merge", long, short, "--method", "ties", "--sweep", options.sweep, "-o", out / "sweep", "--overwrite"
     )
+    recipe = ROOT / "recipes" / "pipelines" / "merge-prune-quantize.yaml"
+    surgeon(
+        "run", recipe, "-o", out / "small", "--set", f"models.long={long}", "--set", f"models.short={short}"
+    )
+    surgeon("verify", out / "small", "--load", "--generate")
     points = sorted((out / "sweep").glob("density=*"), key=lambda p: float(p.name.partition("=")[2]))
     results = []
-    for folder in (long, short, MODELS / "base", out / "merged", out / "merged-aim", *points):
+    for folder in (long, short, MODELS / "base", out / "merged", out / "merged-aim", *points, out / "small"):
         result = out / f"{folder.name}.json"
         baseline = ["--baseline", out / "long.json"] if results else []
         quiet = ["--quiet"] if results else []
@@ -72,9 +77,6 @@ def main() -> None:
         results.append(result)
     surgeon("report", *results, "-o", out / "report.html", "--title", "Long to short on small trained models")
     surgeon("report", *results, "--format", "markdown")
-    recipe = ROOT / "recipes" / "pipelines" / "merge-prune-quantize.yaml"
-    surgeon("run", recipe, "-o", out / "small", "--set", f"models.long={long}", "--set", f"models.short={short}")
-    surgeon("verify", out / "small", "--load", "--generate")
     print(f"\nThe page with the plot: {out / 'report.html'}; the run: {out / 'small.work' / 'report.html'}")
 
 
