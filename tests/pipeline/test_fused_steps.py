@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
@@ -383,9 +384,10 @@ def test_real_readers_load_what_fused_steps_give(scratch, parts):
         place = scratch / "fused" / "out.work" / "steps"
         while not done.wait(0.01):
             # Solved matrices of pruning lie in ID.work; whole models would lie in ID, a candidate, or beside in staging.
-            for file in place.rglob("*.safetensors"):
-                if "solved" not in file.parts and "database" not in file.parts:
-                    found.add(str(file))
+            with contextlib.suppress(FileNotFoundError):  # folders come and go while they are listed
+                for file in place.rglob("*.safetensors"):
+                    if "solved" not in file.parts and "database" not in file.parts:
+                        found.add(str(file))
 
     watcher = threading.Thread(target=watch)
     watcher.start()
